@@ -1,0 +1,25 @@
+// What happens to a logit between q.k and the softmax.  Kernels work in base 2, where exp is cheapest: a score
+// returns log2(e) times the natural logit, and its gradient maps dL/d(natural logit) to dL/d(q.k).
+//
+// No include guard: the vector types of one instruction set must not be compiled for another, so each target
+// region reads this file into its own namespace.
+#ifdef FASTATTN_ISA
+namespace fastattn::cpu::FASTATTN_ISA {
+#else
+namespace fastattn::cuda {
+#endif
+
+struct Scale {
+  float scale;
+
+  template <class F>
+  FASTATTN_HD F logit(F dot) const {
+    return dot * (scale * 1.4426950408889634f);
+  }
+  template <class F>
+  FASTATTN_HD F gradient(F dlogit) const {
+    return dlogit * scale;
+  }
+};
+
+}

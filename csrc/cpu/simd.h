@@ -1,0 +1,191 @@
+// The vector vocabulary of the CPU kernels.  No include guard: isa.h reads it once for each instruction set.
+//
+// A vector holds W 32-bit lanes (16, 8 or 4).  Arithmetic is written with operators, which the compiler maps to
+// the instruction set of the region; only what has no operator is spelled out here: conversions, the bf16 dot
+// product, exp2, transposition.  Free functions only: lambdas and friends do not inherit the target region.
+namespace fastattn::cpu::FASTATTN_ISA {
+
+inline constexpr int W = FASTATTN_SIMD_WIDTH / 4;
+
+typedef float vf __attribute__((vector_size(FASTATTN_SIMD_WIDTH)));
+typedef int32_t vi __attribute__((vector_size(FASTATTN_SIMD_WIDTH)));
+typedef uint32_t vu __attribute__((vector_size(FASTATTN_SIMD_WIDTH)));
+typedef uint16_t vh __attribute__((vector_size(FASTATTN_SIMD_WIDTH / 2)));
+
+template <class V, class P>
+FASTATTN_INLINE V load_as(const P* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class P, class V>
+FASTATTN_INLINE void store_as(P* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+FASTATTN_INLINE vf splat(float x) { return x - vf{}; }
+FASTATTN_INLINE vi splat(int x) { return x - vi{}; }
+FASTATTN_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+FASTATTN_INLINE vf max(vf a, vf b) {  // b where either is NaN
+#if FASTATTN_SIMD_WIDTH == 64
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif FASTATTN_SIMD_WIDTH == 32
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+template <int... lane>
+FASTATTN_INLINE vi lanes(std::integer_sequence<int, lane...>) {
+  return vi{lane...};
+}
+FASTATTN_INLINE vi iota() { return lanes(std::make_integer_sequence<int, W>{}); }
+
+// Lanes are queries i0, i0 + 1, ...: all bits set where the mask lets them see key j.  The loop vectorises.
+template <class Mask>
+FASTATTN_INLINE vi visible(const Mask& mask, int i0, int j) {
+  int32_t lane_mask[W];
+  for (int lane = 0; lane < W; ++lane) lane_mask[lane] = -static_cast<int>(mask.visible(i0 + lane, j));
+  return load_as<vi>(lane_mask);
+}
+
+FASTATTN_INLINE bool any(vi mask) {
+#if FASTATTN_SIMD_WIDTH == 64
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif FASTATTN_SIMD_WIDTH == 32
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
+}
+
+// ---- loads and stores of each storage type, converted to float ------------------------------------------
+
+FASTATTN_INLINE vf load(const float* p) { return load_as<vf>(p); }
+FASTATTN_INLINE void store(float* p, vf v) { store_as(p, v); }
+
+FASTATTN_INLINE vf load(const bf16* p) {
+  return (vf)(__builtin_convertvector(load_as<vh>(p), vu) << 16);
+}
+FASTATTN_INLINE vh to_bf16(vf v) {
+#if FASTATTN_HAS_BF16DOT
+  return (vh)_mm512_cvtneps_pbh((__m512)v);
+#else
+  const vu bits = (vu)v, nearest_even = bits + 0x7fff + ((bits >> 16) & 1);
+  return __builtin_convertvector((v == v ? nearest_even : (bits | 0x400000)) >> 16, vh);
+#endif
+}
+FASTATTN_INLINE void store(bf16* p, vf v) { store_as(p, to_bf16(v)); }
+
+FASTATTN_INLINE vf load(const f16* p) {
+#if FASTATTN_SIMD_WIDTH == 64
+  return (vf)_mm512_cvtph_ps(load_as<__m256i>(p));
+#elif FASTATTN_SIMD_WIDTH == 32
+  return (vf)_mm256_cvtph_ps(load_as<__m128i>(p));
+#else
+  vf v;
+  for (int lane = 0; lane < W; ++lane) v[lane] = static_cast<float>(p[lane]);
+  return v;
+#endif
+}
+FASTATTN_INLINE void store(f16* p, vf v) {
+#if FASTATTN_SIMD_WIDTH == 64
+  store_as(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif FASTATTN_SIMD_WIDTH == 32
+  store_as(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int lane = 0; lane < W; ++lane) p[lane] = f16(static_cast<float>(v[lane]));
+#endif
+}
+
+// The first n < W lanes; the others read as zero and are not written.
+template <class T>
+FASTATTN_INLINE vf load(const T* p, int64_t n) {
+  T padded[W] = {};
+  std::memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+template <class T>
+FASTATTN_INLINE void store(T* p, vf v, int64_t n) {
+  T padded[W];
+  store(padded, v);
+  std::memcpy(p, padded, n * sizeof(T));
+}
+
+// ---- bf16 pairs: 32-bit words holding two numbers that a dot product multiplies and adds -----------------
+
+#if FASTATTN_HAS_BF16DOT
+FASTATTN_INLINE vf dot(vf acc, vf a, vf b) {  // acc + a.lo * b.lo + a.hi * b.hi, in each lane
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+FASTATTN_INLINE vf pairs(vf lo, vf hi) {  // each lane's two numbers, side by side
+  const __m512i by_lane = (__m512i)_mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo);  // lo 0..15, hi 0..15
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (vf)_mm512_permutexvar_epi16(order, by_lane);
+}
+FASTATTN_INLINE vf pairs(const bf16* lo, const bf16* hi) {
+  return (vf)(__builtin_convertvector(load_as<vh>(lo), vu) | (__builtin_convertvector(load_as<vh>(hi), vu) << 16));
+}
+FASTATTN_INLINE void store_bf16(bf16* p, vf first, vf second) {  // 2 W numbers in order
+  store_as(p, _mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+#endif
+
+// ---- functions -------------------------------------------------------------------------------------------
+
+// 2^x for x <= 0 (and a little above), 0 below 2^-126, NaN for NaN.  Coefficients: minimax of the relative error
+// of 2^r on [-1/2, 1/2]; degree 4 errs 2.6e-6 (bf16 rounds at 2e-3), 5 errs 7.5e-8, 6 errs below one float32 ulp.
+template <int Degree>
+FASTATTN_INLINE vf exp2(vf x) {
+  static_assert(Degree >= 4 && Degree <= 6);
+  const float kShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+  const vf t = max(splat(-127.0f), x) + kShift;
+  const vf r = x - (t - kShift);
+  vf y;
+  if constexpr (Degree == 6) {
+    y = r * 0x1.41d334p-13f + 0x1.5f456ap-10f;
+    y = y * r + 0x1.3b2dbcp-7f;
+    y = y * r + 0x1.c6aed4p-5f;
+    y = y * r + 0x1.ebfbdap-3f;
+    y = y * r + 0x1.62e430p-1f;
+    y = y * r + 1.0f;
+  } else if constexpr (Degree == 5) {
+    y = r * 0x1.5c08e6p-10f + 0x1.3d0c52p-7f;
+    y = y * r + 0x1.c6b6e4p-5f;
+    y = y * r + 0x1.ebf918p-3f;
+    y = y * r + 0x1.62e428p-1f;
+    y = y * r + 0x1.000002p+0f;
+  } else {
+    y = r * 0x1.3997d6p-7f + 0x1.ca1440p-5f;
+    y = y * r + 0x1.ec06dap-3f;
+    y = y * r + 0x1.62e0dcp-1f;
+    y = y * r + 0x1.ffffe8p-1f;
+  }
+  y = (vf)((vi)y + ((vi)t << 23));  // the low bits of t are round(x): add them to the exponent
+  return x < -126.0f ? vf{} : y;
+}
+
+// Transpose W vectors of W lanes in place: at distance H, swap the lanes and rows that differ in bit H.
+template <int H, int... lane>
+FASTATTN_INLINE void exchange(vf& a, vf& b, std::integer_sequence<int, lane...>) {
+  const vf first = __builtin_shufflevector(a, b, ((lane & H) ? W + lane - H : lane)...);
+  const vf second = __builtin_shufflevector(a, b, ((lane & H) ? W + lane : lane + H)...);
+  a = first, b = second;
+}
+template <int H = W / 2>
+FASTATTN_INLINE void transpose(vf (&rows)[W]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r)
+    if (!(r & H)) exchange<H>(rows[r], rows[r | H], std::make_integer_sequence<int, W>{});
+  if constexpr (H > 1) transpose<H / 2>(rows);
+}
+
+FASTATTN_INLINE float sum(vf v) {  // in a fixed order
+  float total = 0;
+  for (int lane = 0; lane < W; ++lane) total += v[lane];
+  return total;
+}
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

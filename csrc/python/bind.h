@@ -1,0 +1,169 @@
+// bind<cpu::attention_fwd>(m, "attention_fwd"): one line makes a kernel callable from Python, once for
+// each instruction set it is compiled for: m.avx2.attention_fwd(*outputs, *inputs).
+//
+// Supplies what a binding usually repeats: reading each argument by its C++ type, refusals that name the
+// function and the argument, the GIL released while the kernel runs, and C++ exceptions as Python's. The
+// function is a bare METH_FASTCALL one: with a dozen arguments pybind11's own dispatcher costs as much
+// as the rest of the call.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "csrc/core/declare.h"
+#include "csrc/python/caster.h"
+
+namespace fastattn::python {
+
+// ---- Arguments: one reader for each type a kernel may take -----------------------------------------
+
+template <class T>
+struct Argument;
+
+template <>
+struct Argument<Tensor> {
+  Tensor value;
+  py::object keep;
+  void read(const Where& at, PyObject* object) { value = read_tensor(at, object, keep); }
+};
+
+template <>
+struct Argument<std::optional<Tensor>> {
+  std::optional<Tensor> value;
+  py::object keep;
+  void read(const Where& at, PyObject* object) {
+    if (object != Py_None) value = read_tensor(at, object, keep);
+  }
+};
+
+template <std::floating_point T>
+struct Argument<T> {
+  T value;
+  void read(const Where& at, PyObject* object) {
+    const double x = PyFloat_AsDouble(object);
+    if (x == -1 && PyErr_Occurred()) {
+      PyErr_Clear();
+      refuse_type(at, " must be a number, got ", Py_TYPE(object)->tp_name);
+    }
+    value = static_cast<T>(x);
+  }
+};
+
+inline int64_t read_int(const Where& at, PyObject* object) {
+  const int64_t x = PyLong_Check(object) ? PyLong_AsLongLong(object) : -1;
+  if (x == -1 && (PyErr_Occurred() || !PyLong_Check(object))) {
+    PyErr_Clear();
+    refuse_type(at, " must be an int of 64 bits, got ", py::repr(object).cast<std::string>());
+  }
+  return x;
+}
+
+template <>
+struct Argument<int64_t> {
+  int64_t value;
+  void read(const Where& at, PyObject* object) { value = read_int(at, object); }
+};
+
+template <>
+struct Argument<bool> {
+  bool value;
+  void read(const Where& at, PyObject* object) {
+    if (!PyBool_Check(object)) refuse_type(at, " must be a bool, got ", Py_TYPE(object)->tp_name);
+    value = object == Py_True;
+  }
+};
+
+template <>
+struct Argument<std::string_view> {
+  std::string_view value;
+  void read(const Where& at, PyObject* object) {
+    Py_ssize_t length;
+    const char* text = PyUnicode_Check(object) ? PyUnicode_AsUTF8AndSize(object, &length) : nullptr;
+    if (!text) {
+      PyErr_Clear();
+      refuse_type(at, " must be a str, got ", Py_TYPE(object)->tp_name);
+    }
+    value = {text, static_cast<size_t>(length)};
+  }
+};
+
+template <>
+struct Argument<Ints> {
+  Ints value;
+  std::vector<int64_t> own;
+  void read(const Where& at, PyObject* object) {
+    if (!PyList_Check(object) && !PyTuple_Check(object)) {
+      refuse_type(at, " must be a list of int, got ", Py_TYPE(object)->tp_name);
+    }
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); ++i) {
+      own.push_back(read_int(at, PySequence_Fast_GET_ITEM(object, i)));
+    }
+    value = own;
+  }
+};
+
+// ---- The call --------------------------------------------------------------------------------------
+
+struct WithoutGil {
+  PyThreadState* state = PyEval_SaveThread();
+  ~WithoutGil() { PyEval_RestoreThread(state); }
+};
+
+template <class... P>
+struct Bound {
+  PyMethodDef method;
+  void (*kernel)(P...);
+
+  static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t given) try {
+    const auto& bound = *static_cast<Bound*>(PyCapsule_GetPointer(self, nullptr));
+    return bound.run(args, given, std::index_sequence_for<P...>());
+  } catch (py::error_already_set& e) {
+    e.restore();
+    return nullptr;
+  } catch (const py::builtin_exception& e) {
+    e.set_error();
+    return nullptr;
+  } catch (const std::invalid_argument& e) {
+    PyErr_SetString(PyExc_ValueError, e.what());
+    return nullptr;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+    return nullptr;
+  }
+
+  template <size_t... i>
+  PyObject* run(PyObject* const* args, Py_ssize_t given, std::index_sequence<i...>) const {
+    if (given != sizeof...(P)) refuse_type(method.ml_name, " takes ", sizeof...(P), " arguments, got ", given);
+    std::tuple<Argument<P>...> read;
+    (std::get<i>(read).read(Where{method.ml_name, i + 1, Device::cpu}, args[i]), ...);
+    {
+      const WithoutGil released;
+      kernel(std::get<i>(read).value...);
+    }
+    Py_RETURN_NONE;
+  }
+};
+
+template <class... P>
+void bind(py::module_ m, const char* name, void (*kernel)(P...)) {
+  auto* bound = new Bound<P...>{{name, nullptr, METH_FASTCALL, nullptr}, kernel};  // lives as long as Python
+  bound->method.ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(Bound<P...>::call));
+  const py::capsule self(bound);
+  const py::str module = m.attr("__name__");
+  m.add_object(name, py::reinterpret_steal<py::object>(PyCFunction_NewEx(&bound->method, self.ptr(), module.ptr())));
+}
+
+template <class Kernel>
+void bind(py::module_ m, const char* name) {
+  for (size_t isa = 0; isa < std::size(kIsas); ++isa) {
+    bind(m.attr(kIsas[isa]).cast<py::module_>(), name, Kernel::compiled[isa]);
+  }
+}
+
+}  // namespace fastattn::python

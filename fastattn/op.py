@@ -1,0 +1,515 @@
+"""One descriptor per op: everything else reads it.
+
+An ``Op`` states an operator once: its schema, the shapes it returns, the backends that compute it with
+their limits, the cases that prove it and the cost that bounds it.  From that statement come the
+``torch.library`` registration, autograd, dispatch, ``explain``, the contract tests, ``fastattn verify``,
+``fastattn bench`` and the support table.  Nothing here knows a kernel; backends are named as strings and
+imported when first chosen.
+
+    user -> kernels/<op>/api.py -> Op -> torch.ops.fastattn.<op>_fwd -> choose() -> Backend -> kernel
+
+Schemas carry the meaning by their names.  An argument of the backward schema named like an argument or
+an output of the forward is saved for it; ``d<output>`` is the gradient of that output, and a result named
+``d<input>`` is the gradient of that input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastattn.checks import unit_stride
+
+__all__ = ["OPS", "Backend", "Case", "Cost", "Limit", "Op", "Unsupported", "explain", "using"]
+
+OPS: dict[str, Op] = {}  # every op, by name: the table that tests, bench and docs walk
+_LIB = torch.library.Library("fastattn", "DEF")
+
+
+class Unsupported(NotImplementedError):
+    """No backend accepts the call; the message holds every reason."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# What a backend is
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A condition on a call's facts, and the sentence for when it fails."""
+
+    holds: Callable[[dict[str, Any]], bool]
+    why: Callable[[dict[str, Any]], str]
+
+
+def takes(fact: str, *allowed: Any) -> Limit:
+    names = ", ".join(_show(a) for a in allowed)
+    return Limit(
+        lambda facts: facts[fact] in allowed,
+        lambda facts: f"{fact} is {_show(facts[fact])} (takes {names})",
+    )
+
+
+def at_most(fact: str, limit: int) -> Limit:
+    return Limit(
+        lambda facts: facts[fact] <= limit,
+        lambda facts: f"{fact} is {facts[fact]} (at most {limit})",
+    )
+
+
+def available(probe: Callable[[], str]) -> Limit:
+    """``probe`` returns why the backend cannot run on this machine, or "" when it can."""
+    return Limit(lambda _: not probe(), lambda _: probe())
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an op.  ``forward`` and ``backward`` are "module:attribute", imported on first use.
+
+    The functions take the outputs first, then the op's arguments.  ``workspace`` names further tensors
+    (after the outputs) that the backward wants allocated; it gets the backward's arguments.
+    """
+
+    name: str
+    limits: tuple[Limit, ...]
+    forward: str
+    backward: str
+    device: str = "cpu"  # where the contract tests run it
+    deterministic: bool = True
+    workspace: Callable[..., list[torch.Tensor]] | None = None
+
+    def why_not(self, facts: dict[str, Any]) -> list[str]:
+        # Availability comes last in each row, so that the sentence about the call is read first.
+        return [limit.why(facts) for limit in self.limits if not limit.holds(facts)]
+
+    @property
+    def family(self) -> str:
+        return self.name.split("-")[0]
+
+
+def reference() -> Backend:
+    """The op's own formula; the only row without limits, and the only one without kernels."""
+    return Backend("reference", (), "", "")
+
+
+CPU_ISAS = ("avx512bf16", "avx512", "avx2", "scalar")
+
+
+def _why_no_isa(isa: str) -> str:
+    native = _native()
+    if native is None:
+        return "the compiled CPU library is missing (reinstall with a C++20 compiler)"
+    if isa not in native.compiled:
+        return f"not compiled for {isa}"
+    return "" if isa in native.isas else f"this processor has no {isa}"
+
+
+def cpu(op: str, *limits: Limit, workspace: Any = None) -> tuple[Backend, ...]:
+    """One row per instruction set, widest first; all from the one source kernels/<op>/cpu.cc."""
+    return tuple(
+        Backend(
+            f"cpu-{isa}",
+            (
+                takes("device", "cpu"),
+                *limits,
+                available(functools.partial(_why_no_isa, isa)),
+            ),
+            f"fastattn._cpu:{isa}.{op}_fwd",
+            f"fastattn._cpu:{isa}.{op}_bwd",
+            workspace=workspace,
+        )
+        for isa in CPU_ISAS
+    )
+
+
+@functools.cache
+def triton_device() -> str:
+    """Triton kernels run on the GPU, or on the CPU through the interpreter (TRITON_INTERPRET=1)."""
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+@functools.cache
+def _why_no_triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if triton_device() == "cuda" and not torch.cuda.is_available():
+        return "no GPU is present (TRITON_INTERPRET=1 runs the kernel on the CPU, slowly)"
+    return ""
+
+
+def triton(op: str, *limits: Limit) -> Backend:
+    return Backend(
+        "triton",
+        (takes("device", triton_device()), *limits, available(_why_no_triton)),
+        f"fastattn.kernels.{op}.triton:forward",
+        f"fastattn.kernels.{op}.triton:backward",
+        device=triton_device(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is measured and proved
+
+
+class Case:
+    """A point of an op's parameter space: named values, printed as a test id."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def __repr__(self) -> str:
+        return "-".join(f"{k}{_show(v)}" for k, v in self.__dict__.items() if v not in (None, False))
+
+    def __getattr__(self, name: str) -> Any:  # an absent value is None: a case names only what it varies
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+    def but(self, **values: Any) -> Case:
+        return Case(**{**self.__dict__, **values})
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The floor: operations (forward; backward is ``backward_flops``) and bytes that must move."""
+
+    flops: float
+    backward_flops: float
+    bytes: float
+    backward_bytes: float
+
+
+# ---------------------------------------------------------------------------------------------------
+# The op
+
+
+@dataclass
+class Op:
+    name: str
+    forward: str  # schema, e.g. "(Tensor q, ...) -> (Tensor o, Tensor lse)"
+    backward: str
+    fake: Callable[..., Sequence[torch.Tensor]]  # the outputs, allocated but not computed
+    fake_backward: Callable[..., Sequence[torch.Tensor]]
+    facts: dict[str, Callable[..., Any]]  # what limits may depend on; evaluated on the forward's arguments
+    reference: Callable[..., Sequence[torch.Tensor]]  # the formula on the same arguments, differentiable
+    backends: tuple[Backend, ...]  # in order of preference
+    cases: Sequence[Case]
+    make: Callable[..., dict[str, Any]]  # (case, randn) -> keyword arguments of ``function``
+    cost: Callable[[Case, int], Cost]  # (case, bytes per element)
+    bench: Sequence[Case] = ()
+    peers: Callable[..., dict[str, Callable[..., Any]]] | None = None  # {"torch sdpa": same call elsewhere}
+    save: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # last word on what backward receives
+    recall: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # the forward's arguments from those
+    same_gradient: dict[str, str] = field(default_factory=dict)  # {"residual": "x"}: d residual is dx
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    budget: float = 2.0  # times the error of the same-dtype reference
+    function: Callable[..., Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.arguments = _names(self.forward.split("->")[0])
+        self.outputs = _names(self.forward.split("->")[1])
+        self.backward_arguments = _names(self.backward.split("->")[0])
+        self.gradients = _names(self.backward.split("->")[1])
+        # Outputs whose gradient backward cannot do without, although it does not save them.
+        self._unsaved = [n for n in self.outputs if f"Tensor d{n}" in self.backward and n not in self.backward_arguments]
+        self._chosen: dict[tuple[Any, ...], Backend] = {}
+        self._warned = False
+        self._facts = _compile_facts(self.arguments, self.facts)
+        self.by_name = {b.name: b for b in self.backends}
+        OPS[self.name] = self
+        self._register()
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: ``function`` is the op's public face."""
+        self.function = function
+        function.op = self  # type: ignore[attr-defined]
+        return function
+
+    # -- torch.library ------------------------------------------------------------------------------
+
+    def _register(self) -> None:
+        tags = (torch.Tag.pt2_compliant_tag,)
+        for direction, schema, fake, run in (
+            ("fwd", self.forward, self.fake, self._forward),
+            ("bwd", self.backward, self.fake_backward, self._backward),
+        ):
+            name = f"{self.name}_{direction}"
+            _LIB.define(name + schema.replace(") ->", ", *, str backend=\"\") ->", 1), tags=tags)
+            _LIB.impl(name, run, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"fastattn::{name}", _ignoring_backend(fake), lib=_LIB)
+        torch.library.register_autograd(
+            f"fastattn::{self.name}_fwd", self._autograd, setup_context=self._save, lib=_LIB
+        )
+        torch.library.register_autograd(f"fastattn::{self.name}_bwd", self._no_second_derivative, lib=_LIB)
+        self.op = getattr(torch.ops.fastattn, f"{self.name}_fwd").default
+        self.op_backward = getattr(torch.ops.fastattn, f"{self.name}_bwd").default
+
+    def _save(self, ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        known = dict(zip(self.arguments, inputs)) | dict(zip(self.outputs, output))
+        given = [known[name] is not None for name in self.arguments]
+        if self.save:
+            known = self.save(known)
+        wanted = {name: known[name] for name in self.backward_arguments if name in known}
+        ctx.tensors = [n for n, value in wanted.items() if isinstance(value, torch.Tensor)]
+        ctx.save_for_backward(*(wanted[n] for n in ctx.tensors))
+        ctx.others = {n: value for n, value in wanted.items() if n not in ctx.tensors}
+        ctx.given = given
+        ctx.unsaved = {n: (known[n].shape, known[n].dtype, known[n].device) for n in self._unsaved}
+        ctx.backend = keyword_only_inputs["backend"]
+
+    def _autograd(self, ctx: Any, *grads: Any) -> Any:
+        known = dict(zip(ctx.tensors, ctx.saved_tensors)) | ctx.others
+        for name, grad in zip(self.outputs, grads):
+            if grad is None and name in ctx.unsaved:
+                shape, dtype, device = ctx.unsaved[name]
+                grad = torch.zeros(shape, dtype=dtype, device=device)
+            elif grad is None and f"Tensor d{name}" in self.backward:
+                grad = torch.zeros_like(known[name])
+            known["d" + name] = grad if grad is None else unit_stride(grad)
+        found = self.op_backward(*(known[n] for n in self.backward_arguments), backend=ctx.backend)
+        found = dict(zip(self.gradients, found))
+        return tuple(
+            found.get("d" + self.same_gradient.get(name, name)) if needed and given else None
+            for name, needed, given in zip(self.arguments, ctx.needs_input_grad, ctx.given)
+        )
+
+    def _no_second_derivative(self, ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{self.name}: second derivatives are not implemented; the backward pass is a kernel")
+
+    # -- running ------------------------------------------------------------------------------------
+
+    def _forward(self, *args: Any, backend: str = "") -> Any:
+        chosen = self.choose(args, backend)
+        if not chosen.forward:
+            return tuple(t.clone() if _shares(t, args) else t for t in self.reference(*args))
+        outs = self.fake(*args)
+        _load(chosen.forward)(*outs, *args)
+        return tuple(outs)
+
+    def _backward(self, *args: Any, backend: str = "") -> Any:
+        known = dict(zip(self.backward_arguments, args))
+        if self.recall:
+            known = self.recall(known)
+        chosen = self.choose([known.get(n) for n in self.arguments], backend)
+        if not chosen.forward:
+            return self._reference_backward(known)
+        outs = self.fake_backward(*args)
+        scratch = chosen.workspace(*args) if chosen.workspace else ()
+        _load(chosen.backward)(*outs, *scratch, *args)
+        return tuple(outs)
+
+    def _reference_backward(self, known: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Autograd through the formula; the fast backward passes are measured against this."""
+        with torch.enable_grad():
+            inputs = [
+                v.detach().requires_grad_("d" + n in self.gradients) if isinstance(v, torch.Tensor) else v
+                for n, v in ((n, known.get(n)) for n in self.arguments)
+            ]
+            wanted = [v for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad]
+            outs = dict(zip(self.outputs, self.reference(*inputs)))
+            pairs = [(outs[n], known["d" + n]) for n in self.outputs if known.get("d" + n) is not None]
+            pairs = [(o, g) for o, g in pairs if o.requires_grad]
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+            ) if pairs else [None] * len(wanted)
+        grads = dict(zip((n for n, v in zip(self.arguments, inputs) if any(v is w for w in wanted)), found))
+        by_name = dict(zip(self.arguments, inputs))
+        result = []
+        for name in self.gradients:
+            given, grad = by_name[name[1:]], grads.get(name[1:])
+            if given is None:  # an optional argument that was not passed: nothing to return
+                result.append(next(w for w in wanted).new_empty(0))
+            else:
+                result.append(torch.zeros_like(given) if grad is None else grad.clone())
+        return tuple(result)
+
+    # -- choosing and explaining --------------------------------------------------------------------
+
+    def choose(self, args: Sequence[Any], backend: str = "") -> Backend:
+        """The first backend whose limits all hold; a named one, or an error that says why not."""
+        key = (backend, self._facts(*args))
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            chosen = self._chosen[key] = self._choose(args, dict(zip(self.facts, key[1])), backend)
+        if not chosen.forward and not backend and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.name} runs on the reference implementation, which is slow; "
+                f"pass backend=\"reference\" if this is meant\n{self.render(args, 0)}",
+                stacklevel=2,
+            )
+        return chosen
+
+    def _choose(self, args: Sequence[Any], facts: dict[str, Any], backend: str) -> Backend:
+        rows = self.named(backend) if backend else self.backends
+        for row in rows:
+            if not row.why_not(facts):
+                return row
+        asked = f" with backend={backend!r}" if backend else ""
+        raise Unsupported(f"{self.name}: no backend accepts this call{asked}\n{self.render(args)}")
+
+    def named(self, backend: str) -> list[Backend]:
+        """Rows called ``backend``, or of that family ("cpu" is every instruction set)."""
+        rows = [b for b in self.backends if backend in (b.name, b.family)]
+        if not rows:
+            raise ValueError(
+                f"{self.name}: backend is {backend!r}; {self.name} has "
+                + ", ".join(b.name for b in self.backends)
+            )
+        return rows
+
+    def render(self, args: Sequence[Any], indent: int = 2) -> str:
+        facts = dict(zip(self.facts, self._facts(*args)))
+        shown = ", ".join(
+            f"{n}: {_show(a.dtype)}{list(a.shape)}"
+            for n, a in zip(self.arguments, args)
+            if isinstance(a, torch.Tensor)
+        )
+        width = max(len(b.name) for b in self.backends) + 2
+        lines = [f"{self.name}({shown})"]
+        for row in self.backends:
+            why = row.why_not(facts)
+            lines.append(f"{' ' * indent}{row.name:<{width}}{'no: ' + '; '.join(why) if why else 'ok'}")
+        return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------
+# What users call
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Which backend would run ``function(*args, **kwargs)``, and why the others would not.
+
+    Nothing is computed.  The first row marked ``ok`` is the one that runs.
+
+    >>> import torch, fastattn as fa
+    >>> q = torch.zeros(1, 2, 8, 300)
+    >>> print(fa.explain(fa.attention, q, q, q, backend="reference").splitlines()[0])
+    attention(q: float32[1, 2, 8, 300], k: float32[1, 2, 8, 300], v: float32[1, 2, 8, 300])
+    """
+    op = getattr(function, "op", None)
+    if not isinstance(op, Op):
+        known = ", ".join(f"fastattn.{name}" for name in sorted(OPS))
+        raise ValueError(f"explain: fn is {_show(function)}; it takes one of {known}")
+    seen: list[Sequence[Any]] = []
+
+    def record(*call: Any, backend: str = "") -> Any:
+        seen.append(call)
+        return op.fake(*call)
+
+    with torch.no_grad(), _replaced(op, record):
+        function(*args, **kwargs)
+    return op.render(seen[0])
+
+
+class _Process:
+    """Process-wide choice of backend: FASTATTN_BACKEND="name" or "op=name,...", and ``using``."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}  # op name, or "" for every op
+        for item in filter(None, os.environ.get("FASTATTN_BACKEND", "").split(",")):
+            op, _, name = item.rpartition("=")
+            self.names[op.strip()] = name.strip()
+
+    def backend(self, op: str) -> str:
+        return self.names.get(op) or self.names.get("", "")
+
+
+PROCESS = _Process()
+
+
+@contextlib.contextmanager
+def using(backend: str, op: str = "") -> Iterator[None]:
+    """Run every call (or every call of ``op``) on ``backend`` inside the block; an error if it cannot.
+
+    >>> import torch, fastattn as fa
+    >>> q = torch.ones(1, 1, 2, 4)
+    >>> with fa.using("reference"):
+    ...     fa.attention(q, q, q).shape
+    torch.Size([1, 1, 2, 4])
+    """
+    known = {b.name for o in OPS.values() for b in o.backends} | {b.family for o in OPS.values() for b in o.backends}
+    if backend not in known:
+        raise ValueError(f"using: backend is {backend!r}; known are {', '.join(sorted(known))}")
+    if op and op not in OPS:
+        raise ValueError(f"using: op is {op!r}; known are {', '.join(sorted(OPS))}")
+    before = dict(PROCESS.names)
+    PROCESS.names[op] = backend
+    try:
+        yield
+    finally:
+        PROCESS.names = before
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in autocast's dtype where autocast is on for their device; else as they are."""
+    kind = tensors[0].device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Small parts
+
+
+@functools.cache
+def _native() -> Any:
+    try:
+        return importlib.import_module("fastattn._cpu")
+    except ImportError:
+        return None
+
+
+@functools.cache
+def _load(where: str) -> Callable[..., Any]:
+    module, _, path = where.partition(":")
+    return functools.reduce(getattr, path.split("."), importlib.import_module(module))  # type: ignore[return-value]
+
+
+def _names(side: str) -> list[str]:
+    return re.findall(r"(\w+)(?:\s*=\s*[^,)]+)?\s*[,)]", side)
+
+
+def _compile_facts(arguments: list[str], facts: dict[str, Callable[..., Any]]) -> Callable[..., tuple[Any, ...]]:
+    """One function of all arguments from the fact lambdas, each of which names the arguments it reads."""
+    getters = []
+    for function in facts.values():
+        where = [arguments.index(p) for p in inspect.signature(function).parameters]
+        getters.append((function, where))
+    return lambda *args: tuple(f(*[args[i] for i in where]) for f, where in getters)
+
+
+def _ignoring_backend(fake: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, backend="": tuple(fake(*args))
+
+
+def _shares(t: torch.Tensor, args: Sequence[Any]) -> bool:
+    return any(t is a for a in args)
+
+
+@contextlib.contextmanager
+def _replaced(op: Op, call: Callable[..., Any]) -> Iterator[None]:
+    before, op.op = op.op, call
+    try:
+        yield
+    finally:
+        op.op = before
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return getattr(value, "__name__", None) or str(value)

@@ -1,0 +1,262 @@
+"""What proves a kernel: generated cases, poisoned memory, and an error budget that nobody types in.
+
+Public, so that code built on fastattn can prove its own kernels the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastattn.op import OPS, Backend, Case, Op, _native, _replaced
+
+__all__ = ["Failure", "check", "every", "poisoned", "prove", "prove_reference"]
+
+
+class Failure(AssertionError):
+    """A kernel's result is outside its budget."""
+
+
+def every(
+    ops: Callable[[Op], bool] = lambda op: True, backends: Callable[[Backend], bool] = lambda b: True
+) -> Iterator[tuple[Op, Backend, torch.dtype, Case]]:
+    """Every op x backend x dtype x case that the descriptors name."""
+    for op in filter(ops, OPS.values()):
+        yield from itertools.product((op,), filter(backends, op.backends), op.dtypes, op.cases)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Inputs
+
+
+def maker(dtype: torch.dtype, device: str, layout: str | None, seed: int = 0) -> Callable[..., torch.Tensor]:
+    """``randn(*shape)`` in the given dtype; ``wide=True`` gives float32.  Values are exact in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int, wide: bool | None = False) -> torch.Tensor:
+        x = torch.randn(shape, generator=generator).to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+        return _laid_out(x.to(torch.float32 if wide else dtype).to(device), layout)
+
+    return randn
+
+
+def _laid_out(x: torch.Tensor, layout: str | None) -> torch.Tensor:
+    """The same values in memory of another shape."""
+    if layout is None or x.dim() < 2:
+        return x
+    if layout == "transposed":  # the axes before the last are stored in reverse order
+        order = [*reversed(range(x.dim() - 1)), x.dim() - 1]
+        return x.permute(order).contiguous().permute(order)
+    if layout == "sliced":  # a part of a larger tensor, at an odd offset, between NaNs
+        wide = x.new_full([n + 3 for n in x.shape], float("nan"))
+        inner = wide[tuple(slice(1, n + 1) for n in x.shape)]
+        return inner.copy_(x)
+    if layout == "broadcast":  # one value for a whole axis, stride 0
+        return x[:1].expand_as(x)
+    if layout == "last-axis":  # the last axis is not contiguous
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    raise ValueError(f"layout is {layout!r}")
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Every ``torch.empty`` is full of NaN inside the block, and so is the kernels' scratch memory."""
+
+    def poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+            t = make(*args, **kwargs)
+            if t.is_floating_point():
+                return t.fill_(float("nan"))
+            return t.fill_(True if t.dtype == torch.bool else torch.iinfo(t.dtype).max)
+
+        return made
+
+    owners = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
+    before = [getattr(owner, name) for owner, name in owners]
+    native = _native()
+    try:
+        for (owner, name), make in zip(owners, before):
+            setattr(owner, name, poison(make))
+        if native:
+            native.set_poison(True)
+        yield
+    finally:
+        for (owner, name), make in zip(owners, before):
+            setattr(owner, name, make)
+        if native:
+            native.set_poison(False)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Running and comparing
+
+
+@dataclass
+class Result:
+    """Outputs and gradients of one call, by name."""
+
+    outputs: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+
+
+def run(op: Op, call: dict[str, Any], backend: str, seed: int = 1) -> Result:
+    """Forward and backward with upstream gradients drawn from ``seed``, the same for every backend."""
+    inputs = {
+        n: t.detach().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for n, t in call.items()
+    }
+    leaves = {n: t for n, t in inputs.items() if isinstance(t, torch.Tensor) and t.requires_grad}
+    extra = {"return_lse": True} if "return_lse" in op.function.__code__.co_varnames else {}
+    found = op.function(**inputs, **extra, backend=backend)
+    outs = found if isinstance(found, tuple) else (found,)
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(o.shape, generator=generator).half().to(o.dtype).to(o.device) for o in outs]
+    # A row without a visible key has lse = -inf, a constant.
+    upstream = [g.masked_fill(torch.isinf(o), 0.0) for o, g in zip(outs, upstream)]
+    grads = torch.autograd.grad(outs, list(leaves.values()), upstream, allow_unused=True)
+    return Result(
+        {f"output {i}": o.detach() for i, o in enumerate(outs)},
+        {f"d{n}": torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), grads)},
+    )
+
+
+def check(got: Result, oracle: Result, plain: Result, factor: float = 2.0) -> float:
+    """Raise ``Failure`` where ``got`` errs more than the plain reference in the same dtype may.
+
+    The budget of each tensor is ``factor`` times (the error of ``plain`` + one unit in the last place of
+    the largest value among the outputs, or among the gradients), for the largest error and again for the norm.
+    Returns the largest share of a budget that was used.
+    """
+    used = 0.0
+    for kind in ("outputs", "gradients"):
+        group = getattr(oracle, kind)
+        finite = [t[torch.isfinite(t)].abs() for t in group.values()]
+        largest = max((float(t.max()) for t in finite if t.numel()), default=0.0)
+        for name, exact in group.items():
+            g, p = getattr(got, kind)[name].double().cpu(), getattr(plain, kind)[name]
+            band = torch.finfo(p.dtype).eps * largest
+            p, exact = p.double().cpu(), exact.cpu()
+            if g.shape != exact.shape:
+                raise Failure(f"{name} is {list(g.shape)}; the reference gives {list(exact.shape)}")
+            special = ~torch.isfinite(exact)
+            if not torch.equal(g[special], exact[special]) or not torch.isfinite(g[~special]).all():
+                raise Failure(f"{name} is not finite where the reference is, or the other way round")
+            error, allowed = (g - exact)[~special], (p - exact)[~special]
+            if not error.numel():
+                continue
+            for measure, value, limit in (
+                ("largest error", error.abs().max(), allowed.abs().max() + band),
+                ("norm of the error", error.norm(), allowed.norm() + band * error.numel() ** 0.5),
+            ):
+                if float(value) > factor * float(limit):
+                    raise Failure(
+                        f"{name}: {measure} is {float(value):.3g}; "
+                        f"allowed is {factor} x {float(limit):.3g}, what the reference errs in this dtype"
+                    )
+                if float(limit):
+                    used = max(used, float(value) / (factor * float(limit)))
+    return used
+
+
+def make(op: Op, case: Case, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    return op.make(case, maker(dtype, device, case.layout))
+
+
+def why_not(op: Op, backend: Backend, dtype: torch.dtype, case: Case) -> str:
+    """The reasons for which ``backend`` would refuse this case, or ""."""
+    calls: list[Any] = []
+
+    def record(*args: Any, backend: str = "") -> Any:
+        calls.append(args)
+        return op.fake(*args)
+
+    from fastattn.op import _replaced
+
+    with torch.no_grad(), _replaced(op, record):
+        op.function(**make(op, case, dtype, "cpu"))
+    facts = dict(zip(op.facts, op._facts(*calls[0])))
+    if backend.device != "cpu":
+        facts["device"] = backend.device
+    return "; ".join(backend.why_not(facts))
+
+
+def prove(op: Op, backend: Backend, dtype: torch.dtype, case: Case) -> float:
+    """The contract: forward and gradients within budget, from poisoned memory, the same twice.
+
+    Returns the largest share of the error budget that was used; raises ``Failure``.
+    """
+    call = make(op, case, dtype, backend.device)
+    double = {n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in call.items()}
+    with poisoned():
+        got = run(op, call, backend.name)
+        again = run(op, call, backend.name)
+    if backend.deterministic:
+        for kind in ("outputs", "gradients"):
+            for name, t in getattr(got, kind).items():
+                if not torch.equal(t, getattr(again, kind)[name]) and not torch.isnan(t).any():
+                    raise Failure(f"{name} differs between two runs on the same input")
+    return check(got, run(op, double, "reference"), run(op, call, "reference"), op.budget)
+
+
+def facts(op: Op, call: dict[str, Any], device: str) -> dict[str, Any]:
+    """What the limits of backends read of a call, as if it were made on ``device``; nothing is computed."""
+    calls: list[Any] = []
+
+    def record(*args: Any, backend: str = "") -> Any:
+        calls.append(args)
+        return op.fake(*args)
+
+    with torch.no_grad(), _replaced(op, record):
+        op.function(**call)
+    return dict(zip(op.facts, op._facts(*calls[0]))) | {"device": device}
+
+
+def prove_reference(op: Op, case: Case) -> float:
+    """The reference itself, in float64: against finite differences and against the op's peers elsewhere.
+
+    Returns the largest share of the allowed difference that was used; raises ``Failure``.
+    """
+    call = make(op, case, torch.float64, "cpu")
+    leaves = {
+        n: t.detach().double().contiguous().requires_grad_()
+        for n, t in call.items()
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
+    }
+
+    def outputs(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        found = op.function(**call | dict(zip(leaves, inputs)), backend="reference")
+        found = found if isinstance(found, tuple) else (found,)
+        return [torch.where(torch.isinf(o), 0.0, o) for o in found]  # lse of a row that sees nothing: a constant
+
+    inputs = list(leaves.values())
+    if all(t.numel() for t in inputs):
+        try:
+            torch.autograd.gradcheck(outputs, inputs, eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=True)
+        except RuntimeError as error:
+            raise Failure("differs from finite differences: " + " ".join(str(error).split())) from error
+    used = 0.0
+    for peer, function in (op.peers(**call | leaves) if op.peers else {}).items():
+        names = inspect.signature(function).parameters
+        theirs = function(**{n: value for n, value in (call | leaves).items() if n in names})
+        theirs = theirs if isinstance(theirs, tuple) else (theirs,)
+        if any(t.isnan().any() for t in theirs):
+            continue  # the peer gives no number for a row that sees nothing
+        ours = outputs(*inputs)
+        upstream = [torch.arange(o.numel()).sin().view(o.shape).to(o) for o in ours]
+        results = [
+            [*found, *torch.autograd.grad(found, inputs, upstream, allow_unused=True, materialize_grads=True)]
+            for found in (ours, list(theirs))
+        ]
+        for a, b in zip(*(map(torch.Tensor.detach, result) for result in results)):
+            error = float((a - b).abs().max()) if a.numel() else 0.0
+            allowed = 1e-10 * (1.0 + (float(b.abs().max()) if b.numel() else 0.0))
+            if not error <= allowed:
+                raise Failure(f"differs from {peer} by {error:.3g} in float64; allowed is {allowed:.3g}")
+            used = max(used, error / allowed)
+    return used

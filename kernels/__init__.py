@@ -1,0 +1,1 @@
+"""One folder per op: its mathematics, its reference and every kernel that computes it."""

@@ -1,0 +1,252 @@
+"""attention, Triton"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fastattn.kernels.common import triton_launch as launch
+from fastattn.kernels.common import triton_masks as masks
+from fastattn.kernels.common import triton_rows as rows
+from fastattn.kernels.common import triton_scores as scores
+from fastattn.kernels.common import triton_softmax as softmax
+from fastattn.kernels.common.triton_dtypes import dot, narrow
+
+RUNTIME = ("Hq", "group", "Nq", "Nk")  # sizes that must not compile a kernel each
+
+
+class Tile(NamedTuple):
+    """BM queries x BN keys a step, and how many warps and load stages work on it."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+# ---------------------------------------------------------------------------------------------------
+# Forward
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def attention_fwd(
+    o, lse, q, k, v, mask, score, Hq, group, Nq, Nk,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    # Find the tile.  Under a causal mask the last queries see most keys: they start first.
+    num_tiles = tl.cdiv(Nq, BM)
+    i0 = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BM
+    h = tl.program_id(0) // num_tiles % Hq
+    b = tl.program_id(0) // num_tiles // Hq
+    k = rows.head(k, b, h // group)
+    v = rows.head(v, b, h // group)
+
+    # Load the queries, once.
+    q_tile = rows.load(rows.head(q, b, h), i0, Nq, BM, D, BD, True)  # [BM, BD]
+    q_tile = scores.orient(score, q_tile)
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BDV], tl.float32)
+
+    # Walk the keys: first the tiles without a hidden pair, then the others.
+    i1 = tl.minimum(i0 + BM, Nq)
+    walk = masks.walk(masks.keys(mask, i0, i1, Nq, Nk), masks.keys_all(mask, i0, i1, Nq, Nk), BN)
+    for j0 in tl.range(walk.full_begin, walk.full_end, BN):
+        acc, m, l = _absorb(acc, m, l, q_tile, k, v, mask, score, i0, j0, Nk, D, DV, BD, BDV, BM, BN, False)
+    for t in tl.range(0, walk.num_partial):
+        j0 = masks.partial(walk, t, BN)
+        acc, m, l = _absorb(acc, m, l, q_tile, k, v, mask, score, i0, j0, Nk, D, DV, BD, BDV, BM, BN, True)
+
+    # Divide and write.
+    o_tile, lse_tile = softmax.finish(acc, m, l)
+    rows.store(rows.head(o, b, h), i0, o_tile, Nq, BM, DV, BDV)
+    rows.store_scalars(rows.head(lse, b, h), i0, lse_tile, Nq, BM)
+
+
+@triton.jit
+def _absorb(
+    acc, m, l, q, k, v, mask, score, i0, j0, Nk,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """Take the keys j0 .. j0 + BN into the running softmax of the queries i0 .. i0 + BM."""
+    i = i0 + tl.arange(0, BM)[:, None]
+    j = j0 + tl.arange(0, BN)[None, :]
+    unit = tl.abs(scores.unit(score))
+    k_tile = rows.load(k, j0, Nk, BN, D, BD, PARTIAL)  # [BN, BD]
+    v_tile = rows.load(v, j0, Nk, BN, DV, BDV, PARTIAL)  # [BN, BDV]
+    s = dot(q, tl.trans(k_tile), tl.zeros([BM, BN], tl.float32))  # [BM, BN]
+    x = scores.logits(score, s, i, j)
+    if PARTIAL:
+        x = tl.where(masks.visible(mask, i, j) & (j < Nk), x * unit, float("-inf"))
+        unit = 1.0
+    p, rescale, m, l = softmax.absorb(x, unit, m, l, PARTIAL)
+    acc = dot(narrow(p, v_tile.dtype), v_tile, acc * rescale[:, None])  # [BM, BDV]
+    return acc, m, l
+
+
+# ---------------------------------------------------------------------------------------------------
+# Backward: dq and delta by tiles of queries, then dk and dv by tiles of keys
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def attention_dq(
+    dq, delta, do, dlse, q, k, v, o, lse, mask, score, Hq, group, Nq, Nk,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    num_tiles = tl.cdiv(Nq, BM)
+    i0 = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BM
+    h = tl.program_id(0) // num_tiles % Hq
+    b = tl.program_id(0) // num_tiles // Hq
+    k = rows.head(k, b, h // group)
+    v = rows.head(v, b, h // group)
+
+    # delta_i = do_i . o_i - dlse_i, kept for the pass over keys.
+    o_tile = rows.load(rows.head(o, b, h), i0, Nq, BM, DV, BDV, True)  # [BM, BDV]
+    do_tile = rows.load(rows.head(do, b, h), i0, Nq, BM, DV, BDV, True)  # [BM, BDV]
+    delta_tile = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [BM]
+    if dlse is not None:
+        delta_tile -= rows.load_scalars(rows.head(dlse, b, h), i0, Nq, BM).to(tl.float32)
+    rows.store_scalars(rows.head(delta, b, h), i0, delta_tile, Nq, BM)
+    q_tile = rows.load(rows.head(q, b, h), i0, Nq, BM, D, BD, True)  # [BM, BD]
+    lse_tile = rows.load_scalars(rows.head(lse, b, h), i0, Nq, BM)  # [BM]
+    acc = tl.zeros([BM, BD], tl.float32)
+
+    i1 = tl.minimum(i0 + BM, Nq)
+    walk = masks.walk(masks.keys(mask, i0, i1, Nq, Nk), masks.keys_all(mask, i0, i1, Nq, Nk), BN)
+    for j0 in tl.range(walk.full_begin, walk.full_end, BN):
+        acc = _add_dq(acc, q_tile, do_tile, lse_tile, delta_tile, k, v, mask, score, i0, j0, Nk,
+                      D, DV, BD, BDV, BM, BN, False)  # fmt: skip
+    for t in tl.range(0, walk.num_partial):
+        j0 = masks.partial(walk, t, BN)
+        acc = _add_dq(acc, q_tile, do_tile, lse_tile, delta_tile, k, v, mask, score, i0, j0, Nk,
+                      D, DV, BD, BDV, BM, BN, True)  # fmt: skip
+    rows.store(rows.head(dq, b, h), i0, acc * scores.scale(score), Nq, BM, D, BD)
+
+
+@triton.jit
+def _add_dq(
+    acc, q, do, lse, delta, k, v, mask, score, i0, j0, Nk,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """Add what the keys j0 .. j0 + BN give to dq of the queries i0 .. i0 + BM."""
+    i = i0 + tl.arange(0, BM)[:, None]
+    j = j0 + tl.arange(0, BN)[None, :]
+    k_tile = rows.load(k, j0, Nk, BN, D, BD, PARTIAL)  # [BN, BD]
+    v_tile = rows.load(v, j0, Nk, BN, DV, BDV, PARTIAL)  # [BN, BDV]
+    s = dot(q, tl.trans(k_tile), tl.zeros([BM, BN], tl.float32))  # [BM, BN]
+    p = softmax.weights(scores.logits(score, s, i, j), scores.scale(score), lse[:, None], q.dtype == tl.float32)  # [BM, BN]
+    if PARTIAL:
+        p = tl.where(masks.visible(mask, i, j) & (j < Nk), p, 0.0)
+    dp = dot(do, tl.trans(v_tile), tl.zeros([BM, BN], tl.float32))  # [BM, BN]
+    ds = scores.logits_grad(score, p * (dp - delta[:, None]), s, i, j)
+    return dot(narrow(ds, k_tile.dtype), k_tile, acc)  # [BM, BD]
+
+
+@triton.jit(do_not_specialize=(*RUNTIME, "Hk"))
+def attention_dkdv(
+    dk, dv, do, delta, q, k, v, lse, mask, score, Hk, group, Nq, Nk,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    # The first keys are seen by most queries under a causal mask: they start first.
+    num_tiles = tl.cdiv(Nk, BN)
+    j0 = tl.program_id(0) % num_tiles * BN
+    hk = tl.program_id(0) // num_tiles % Hk
+    b = tl.program_id(0) // num_tiles // Hk
+    k_tile = rows.load(rows.head(k, b, hk), j0, Nk, BN, D, BD, True)  # [BN, BD]
+    v_tile = rows.load(rows.head(v, b, hk), j0, Nk, BN, DV, BDV, True)  # [BN, BDV]
+    dk_acc = tl.zeros([BN, BD], tl.float32)
+    dv_acc = tl.zeros([BN, BDV], tl.float32)
+
+    # Walk the queries of every head that reads these keys, always in the same order: no atomics.
+    j1 = tl.minimum(j0 + BN, Nk)
+    walk = masks.walk(masks.queries(mask, j0, j1, Nq, Nk), masks.queries_all(mask, j0, j1, Nq, Nk), BM)
+    for h in tl.range(hk * group, hk * group + group):
+        q_head = rows.head(q, b, h)
+        do_head = rows.head(do, b, h)
+        lse_head = rows.head(lse, b, h)
+        delta_head = rows.head(delta, b, h)
+        for i0 in tl.range(walk.full_begin, walk.full_end, BM):
+            dk_acc, dv_acc = _add_dkdv(
+                dk_acc, dv_acc, k_tile, v_tile, q_head, do_head, lse_head, delta_head, mask, score, i0, j0, Nq,
+                D, DV, BD, BDV, BM, BN, False)  # fmt: skip
+        for t in tl.range(0, walk.num_partial):
+            i0 = masks.partial(walk, t, BM)
+            dk_acc, dv_acc = _add_dkdv(
+                dk_acc, dv_acc, k_tile, v_tile, q_head, do_head, lse_head, delta_head, mask, score, i0, j0, Nq,
+                D, DV, BD, BDV, BM, BN, True)  # fmt: skip
+    rows.store(rows.head(dk, b, hk), j0, dk_acc * scores.scale(score), Nk, BN, D, BD)
+    rows.store(rows.head(dv, b, hk), j0, dv_acc, Nk, BN, DV, BDV)
+
+
+@triton.jit
+def _add_dkdv(
+    dk, dv, k, v, q, do, lse, delta, mask, score, i0, j0, Nq,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """Add what the queries i0 .. i0 + BM of one head give to dk and dv of the keys j0 .. j0 + BN.
+
+    Everything is transposed, keys x queries, so that p and ds are ready as left factors.  Queries past Nq add
+    nothing: their do, delta and lse are loaded as zero.
+    """
+    i = i0 + tl.arange(0, BM)[None, :]
+    j = j0 + tl.arange(0, BN)[:, None]
+    q_tile = rows.load(q, i0, Nq, BM, D, BD, PARTIAL)  # [BM, BD]
+    do_tile = rows.load(do, i0, Nq, BM, DV, BDV, PARTIAL)  # [BM, BDV]
+    lse_tile = rows.load_scalars(lse, i0, Nq, BM)  # [BM]
+    delta_tile = rows.load_scalars(delta, i0, Nq, BM)  # [BM]
+    s = dot(k, tl.trans(q_tile), tl.zeros([BN, BM], tl.float32))  # [BN, BM]
+    p = softmax.weights(scores.logits(score, s, i, j), scores.scale(score), lse_tile[None, :], k.dtype == tl.float32)  # [BN, BM]
+    if PARTIAL:
+        p = tl.where(masks.visible(mask, i, j), p, 0.0)
+    dv = dot(narrow(p, do_tile.dtype), do_tile, dv)  # [BN, BDV]
+    dp = dot(v, tl.trans(do_tile), tl.zeros([BN, BM], tl.float32))  # [BN, BM]
+    ds = scores.logits_grad(score, p * (dp - delta_tile[None, :]), s, i, j)
+    return dot(narrow(ds, q_tile.dtype), q_tile, dk), dv  # [BN, BD]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Launch
+
+
+def tile(kernel, q, v):
+    return Tile(64, 32, 4, 2)
+
+
+def forward(o, lse, q, k, v, mask, scale):
+    B, Hq, Nq, D = q.shape
+    _, Hk, Nk, DV = v.shape
+    if B * Hq * Nq == 0:
+        return
+    t = tile("fwd", q, v)
+    with launch.on(q):
+        attention_fwd[(B * Hq * triton.cdiv(Nq, t.BM),)](
+            *map(rows.rows, (o, lse, q, k, v)),
+            masks.encode(mask, Nq, Nk), scores.encode(scale), Hq, Hq // Hk, Nq, Nk,
+            D, DV, launch.block(D), launch.block(DV), **t._asdict(), enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def backward(dq, dk, dv, do, dlse, q, k, v, o, lse, mask, scale):
+    B, Hq, Nq, D = q.shape
+    _, Hk, Nk, DV = v.shape
+    sizes = (D, DV, launch.block(D), launch.block(DV))
+    what = (masks.encode(mask, Nq, Nk), scores.encode(scale))
+    delta = torch.empty((B, Hq, Nq), dtype=torch.float32, device=q.device)
+    dlse = dlse if dlse is None else rows.rows(dlse)
+    with launch.on(q):
+        if B * Hq * Nq:
+            t = tile("dq", q, v)
+            attention_dq[(B * Hq * triton.cdiv(Nq, t.BM),)](
+                *map(rows.rows, (dq, delta, do)), dlse, *map(rows.rows, (q, k, v, o, lse)),
+                *what, Hq, Hq // Hk, Nq, Nk, *sizes, **t._asdict(), enable_fp_fusion=True,
+            )  # fmt: skip
+        if B * Hk * Nk:
+            t = tile("dkdv", q, v)
+            attention_dkdv[(B * Hk * triton.cdiv(Nk, t.BN),)](
+                *map(rows.rows, (dk, dv, do, delta, q, k, v, lse)),
+                *what, Hk, Hq // Hk, Nq, Nk, *sizes, **t._asdict(), enable_fp_fusion=True,
+            )  # fmt: skip

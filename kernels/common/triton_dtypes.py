@@ -1,0 +1,30 @@
+"""Narrowing and products, equal on the GPU and in Triton's interpreter.
+
+The interpreter (TRITON_INTERPRET=1; seen in 3.6, 3.7 and 3.9) keeps bfloat16 as uint16 and is wrong about it twice:
+``x.to(tl.bfloat16)`` truncates, twice the error of rounding, and ``tl.dot`` multiplies the bit patterns as
+integers.  Compiled code takes neither detour.  Remove them when the interpreter's own are right.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 to ``dtype``, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # a NaN would round to something else
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b with products of the input type and sums in float32; float32 is not cut to tf32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

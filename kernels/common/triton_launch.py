@@ -1,0 +1,38 @@
+"""On what a kernel is about to run, and how to launch it there."""
+
+import contextlib
+import functools
+
+import torch
+import triton
+
+from fastattn.kernels.common.triton_dtypes import INTERPRETED
+
+
+@functools.cache
+def target(device):
+    """The kind of processor, which tables of tiles go by.
+
+    "sm_80", "sm_90", "sm_100"  NVIDIA with 160 KiB of shared memory a block or more: by compute capability
+    "sm"                        the other NVIDIA processors, 96 KiB
+    "gfx"                       AMD, 64 KiB
+    "interpreter"               Triton's interpreter, on the CPU
+    """
+    if INTERPRETED.value:
+        return "interpreter"
+    found = triton.runtime.driver.active.get_current_target()
+    if found.backend != "cuda":
+        return "gfx"
+    return {80: "sm_80", 87: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(found.arch, "sm")
+
+
+def on(t):
+    """Context in which launches go to the device of ``t``; torch leaves that to the caller."""
+    if t.device.type != "cuda" or t.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(t.device)
+
+
+def block(width):
+    """The power of two that holds ``width`` columns, at least 16, the least a tensor core takes."""
+    return max(16, triton.next_power_of_2(width))

@@ -1,0 +1,201 @@
+"""fastattn.add_norm: the public function and the descriptor of the fused residual sum and normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastattn.kernels.norm import reference as formula
+from fastattn.kernels.norm.reference import KINDS
+from fastattn.op import PROCESS, Case, Cost, Op, autocast, cpu, reference, takes, triton
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+ROWS_PER_BLOCK = 64  # rows whose parameter gradients are summed together, in order, before blocks are
+
+
+def _wide(x):
+    return F64 if x.dtype == F64 else F32
+
+
+def _fake(x, residual, bias, weight, beta, eps, kind):
+    summed = x.new_empty(x.shape if residual is not None or bias is not None else (0,))
+    return (
+        x.new_empty(x.shape),
+        summed,
+        x.new_empty(x.shape[0], dtype=_wide(x)),
+        x.new_empty(x.shape[0], dtype=_wide(x)),
+    )
+
+
+def _fake_backward(dy, ds, s, bias, weight, beta, mean, rstd, eps, kind):
+    def like(parameter):
+        return s.new_empty(0 if parameter is None else s.shape[1], dtype=_wide(s))
+
+    return s.new_empty(s.shape), like(bias), like(weight), like(beta)
+
+
+def _workspace(dy, ds, s, bias, weight, beta, mean, rstd, eps, kind):
+    """Sums over each block of rows of dx, dy * xhat and dy, for dbias, dweight and dbeta."""
+    blocks = -(-s.shape[0] // ROWS_PER_BLOCK)
+    return [s.new_empty(blocks, 3, s.shape[1], dtype=_wide(s))]
+
+
+def _recall(known):
+    """Forward arguments with the same gradients, from what backward holds: x = s, the rest zeros."""
+    s, bias = known["s"], known["bias"]
+    return known | {
+        "x": s,
+        "residual": None if known["ds"] is None else torch.zeros_like(s),  # or the sum would not be an output
+        "bias": bias if bias is None else torch.zeros_like(bias),
+    }
+
+
+def _make(case: Case, randn: Any) -> dict[str, Any]:
+    D, wide = case.D, case.wide
+    call: dict[str, Any] = {"x": randn(case.N, D), "kind": case.kind}
+    for name in (case.given or "").split():
+        call[name] = randn(case.N, D) if name == "residual" else randn(D, wide=wide)
+    call["return_sum"] = bool(case.return_sum)
+    return call
+
+
+def _cost(case: Case, size: int) -> Cost:
+    """Every row in and out once; a handful of operations an element."""
+    given = (case.given or "").split()
+    n, summed = case.N * case.D, "residual" in given or "bias" in given
+    moved = n * size * (2 + ("residual" in given) + summed)
+    return Cost(8 * n, 16 * n, moved, n * size * (3 + bool(case.return_sum)))
+
+
+def _peers(x, kind, residual=None, bias=None, weight=None, beta=None, return_sum=False):
+    """PyTorch's own normalisation after its own additions."""
+
+    def unfused(x, kind, residual=None, bias=None, weight=None, beta=None, return_sum=False):
+        s = x
+        if bias is not None:
+            s = s + bias
+        if residual is not None:
+            s = s + residual
+        shape = (x.shape[-1],)
+        if kind == "layer":
+            y = torch.nn.functional.layer_norm(s, shape, weight, beta, 1e-5)
+        else:
+            y = torch.nn.functional.rms_norm(s, shape, weight, 1e-5)
+            y = y if beta is None else y + beta
+        return (y, s) if return_sum else y
+
+    return {} if kind == "crms" else {"torch": unfused}
+
+
+_GIVEN = ("", "residual", "weight beta", "residual bias weight beta", "bias weight")
+
+OP = Op(
+    "add_norm",
+    forward="(Tensor x, Tensor? residual, Tensor? bias, Tensor? weight, Tensor? beta, float eps, int kind)"
+    " -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)",
+    backward="(Tensor dy, Tensor? ds, Tensor s, Tensor? bias, Tensor? weight, Tensor? beta, Tensor mean,"
+    " Tensor rstd, float eps, int kind) -> (Tensor dx, Tensor dbias, Tensor dweight, Tensor dbeta)",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    save=lambda known: known if known["s"].numel() else known | {"s": known["x"]},
+    recall=_recall,
+    same_gradient={"residual": "x"},
+    facts={"device": lambda x: x.device.type, "dtype": lambda x: x.dtype},
+    reference=formula.forward,
+    backends=(
+        triton("norm", takes("dtype", F32, BF16, F16)),
+        *cpu("add_norm", takes("dtype", F32, BF16, F16), workspace=_workspace),
+        reference(),
+    ),
+    cases=[
+        *(Case(N=n, D=d, kind=kind, given=given, return_sum=return_sum)
+          for n, d in ((1, 1), (3, 7), (67, 130))
+          for kind in KINDS for given in _GIVEN for return_sum in (False, True)),
+        *(Case(N=5, D=768, kind=kind, given="residual weight beta", layout=how)
+          for kind in KINDS for how in ("sliced", "broadcast", "last-axis")),
+        Case(N=200, D=1000, kind="layer", given="residual bias weight beta", return_sum=True, wide=True),
+        Case(N=0, D=5, kind="layer", given="residual weight"),
+        Case(N=2, D=5000, kind="rms", given="weight"),
+    ],
+    make=_make,
+    cost=_cost,
+    bench=[
+        Case(N=n, D=d, kind=kind, given="residual weight beta" if kind == "layer" else "residual weight",
+             return_sum=True)
+        for n, d in ((512, 768), (4096, 1024)) for kind in ("layer", "rms")
+    ],
+    peers=_peers,
+)  # fmt: skip
+
+
+@OP
+def add_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    weight: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    kind: str = "layer",
+    return_sum: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``y = norm(x + bias + residual) * weight + beta`` over the last axis, in one pass over memory.
+
+    x, residual [..., D]; bias, weight, beta [D] of x's dtype or float32 -> y [..., D].
+
+    kind        "layer": subtract the mean, divide by the standard deviation.  "rms": divide by the root mean
+                square.  "crms": rms of a zero-mean vector of D + 1 channels whose last is not stored
+    return_sum  also give the sum x + bias + residual, as pre-norm networks pass it on
+    backend     None: the first that accepts; a name: that one, or an error that says why not
+
+    Statistics are float32 whatever x is.  The sum is rounded to x's dtype, and y is the norm of it as rounded.
+
+    >>> import torch, fastattn as fa
+    >>> x, residual = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    >>> y, s = fa.add_norm(x, residual, weight=torch.ones(8), kind="rms", return_sum=True)
+    >>> torch.equal(s, x + residual)
+    True
+    """
+    _check(x, residual, {"bias": bias, "weight": weight, "beta": beta}, kind)
+    shape, D = x.shape, x.shape[-1]
+    x, *rest = autocast(x, *([] if residual is None else [residual]))
+    residual = rest[0] if rest else None
+    wide = _wide(x)
+    flat = (t if t is None else _rows(t, D) for t in (x, residual))
+    wides = (t if t is None else t.to(wide).contiguous() for t in (bias, weight, beta))
+    y, s, _, _ = OP.op(
+        *flat, *wides, float(eps), KINDS.index(kind), backend=backend or PROCESS.backend("add_norm")
+    )
+    y = y.view(shape)
+    if not return_sum:
+        return y
+    return y, s.view(shape) if s.numel() == y.numel() and (residual is not None or bias is not None) else x
+
+
+def _rows(t: torch.Tensor, D: int) -> torch.Tensor:
+    t = t.reshape(-1, D) if D else t.reshape(t.shape[:-1].numel(), 0)
+    return t if t.stride(-1) == 1 or D <= 1 else t.contiguous()
+
+
+def _check(x: Any, residual: Any, parameters: dict[str, Any], kind: str) -> None:
+    if not isinstance(x, torch.Tensor) or x.dim() == 0 or not x.is_floating_point():
+        shown = f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"add_norm: x is {shown}; it takes a floating-point tensor [..., D]")
+    if kind not in KINDS:
+        raise ValueError(f"add_norm: kind is {kind!r}; it takes one of {', '.join(map(repr, KINDS))}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
+        raise ValueError(
+            f"add_norm: residual is {residual.dtype} {list(residual.shape)} on {residual.device}; "
+            f"it takes x's {x.dtype} {list(x.shape)} on {x.device}"
+        )
+    for name, t in parameters.items():
+        if t is not None and (
+            t.shape != x.shape[-1:] or t.dtype not in (x.dtype, torch.float32) or t.device != x.device
+        ):
+            raise ValueError(
+                f"add_norm: {name} is {t.dtype} {list(t.shape)} on {t.device}; "
+                f"it takes [{x.shape[-1]}] of {x.dtype} or torch.float32 on {x.device}"
+            )
