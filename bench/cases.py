@@ -17,7 +17,10 @@ from fastattn.testing import facts, maker, prove, why_not
 
 DIRECTIONS = ("forward", "backward")
 OURS = "fastattn"
-SETS, ENOUGH = 3, 64e6  # input sets that take turns: up to three, fewer where fewer fill so many bytes
+SETS, ENOUGH = (
+    3,
+    64e6,
+)  # input sets that take turns: up to three, fewer where fewer fill so many bytes
 PATIENT = 1e10  # operations of a case long enough to share out among threads, and short enough to wait for
 
 
@@ -49,12 +52,17 @@ class Row:
     def bytes(self) -> float:
         return self.cost.bytes if self.direction == "forward" else self.cost.backward_bytes
 
+    def __str__(self) -> str:
+        return f"{self.op.name} {label(self.case)} {_short(self.dtype)} {self.direction}"
+
     @property
     def sets(self) -> int:
         return max(1, min(SETS, round(ENOUGH / max(self.cost.bytes, 1.0))))
 
 
-def rows(op: Op, backends: Sequence[Backend], dtypes: Sequence[torch.dtype], quick: bool) -> Iterator[Row]:
+def rows(
+    op: Op, backends: Sequence[Backend], dtypes: Sequence[torch.dtype], quick: bool
+) -> Iterator[Row]:
     """Every row of an op, small cases first, so that the large ones' times can be foretold.
 
     A row is timed on the first of ``backends`` that accepts it.
@@ -65,36 +73,50 @@ def rows(op: Op, backends: Sequence[Backend], dtypes: Sequence[torch.dtype], qui
         plain = dtype == torch.float32
         if plain and accepting and accepting[0]:
             yield Row(op, accepting[0][0], dtype, op.cases[0], "forward", "call")
-        for case, able in zip(ordered, accepting):
+        for case, able in zip(ordered, accepting, strict=True):
             for direction in DIRECTIONS if able else ():
                 yield Row(op, able[0], dtype, case, direction)
-        heavy = [pair for pair in zip(ordered, accepting) if op.cost(pair[0], 4).flops < PATIENT][-1:]
+        heavy = [
+            pair
+            for pair in zip(ordered, accepting, strict=True)
+            if op.cost(pair[0], 4).flops < PATIENT
+        ][-1:]
         for case, able in heavy if plain or not quick else ():
             isas = [b for b in able if b.family == "cpu" and b.name != "cpu-scalar"]
             for direction in DIRECTIONS if able and able[0].device == "cpu" else ():
-                yield Row(op, able[0], dtype, case, direction, "threads")
+                if torch.get_num_threads() > 1:
+                    yield Row(op, able[0], dtype, case, direction, "threads")
                 if len(isas) > 1 and able[0] in isas:
                     yield Row(op, isas[0], dtype, case, direction, "isa", tuple(isas[1:]))
 
 
 def accepts(op: Op, backends: Sequence[Backend], dtype: torch.dtype, case: Case) -> list[Backend]:
-    """Those of ``backends`` that run the case, in the op's order.  Nothing is written to the inputs."""
-
-    def unwritten(*shape: int, wide: bool | None = False) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32 if wide else dtype)
-
-    call = op.make(case, unwritten)
+    """Those of ``backends`` that run the case, in the op's order."""
+    call = op.make(case, _unwritten(dtype))
     return [b for b in op.backends if b in backends and not b.why_not(facts(op, call, b.device))]
 
 
-def contract(op: Op, backend: Backend, dtype: torch.dtype) -> str:
+def _unwritten(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """Tensors whose shapes are read and whose memory is never touched."""
+
+    def make(*shape: int, wide: bool | None = False) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32 if wide else dtype)
+
+    return make
+
+
+@functools.cache
+def contract(op: str, backend: str, dtype: torch.dtype) -> str:
     """Prove the largest contract case that ``backend`` accepts: "" or what is wrong.  No number on red."""
-    cases = sorted(op.cases, key=lambda case: op.cost(case, 4).flops, reverse=True)
-    for case in cases:
-        if not why_not(op, backend, dtype, case):
+    described = OPS[op]
+    row = described.by_name[backend]
+    for case in sorted(
+        described.cases, key=lambda case: described.cost(case, 4).flops, reverse=True
+    ):
+        if not why_not(described, row, dtype, case):
             try:
-                prove(op, backend, dtype, case)
-            except Exception as error:  # noqa: BLE001: whatever it is, no time is printed
+                prove(described, row, dtype, case)
+            except Exception as error:  # whatever it is, no time is printed
                 return f"{case!r}: {type(error).__name__}: {error}"
             return ""
     return "no contract case is accepted"
@@ -106,17 +128,24 @@ def inputs(op: str, dtype: torch.dtype, case: Case, device: str, sets: int) -> l
     return [OPS[op].make(case, maker(dtype, device, case.layout, seed)) for seed in range(sets)]
 
 
-def contenders(row: Row, every_peer: bool = False) -> dict[str, Callable[..., Any]]:
-    """Ours and its peers by name, each to be called with the keywords of the case that it names."""
-    op = row.op
+def peers(row: Row, every_peer: bool = False) -> list[str]:
+    """Against whom a row is timed; without ``every_peer``, against PyTorch alone."""
     if row.kind == "isa":
-        rivals = {b.name: functools.partial(op.function, backend=b.name) for b in row.others}
-    elif row.kind == "threads" or not op.peers:
-        rivals = {}
-    else:
-        offered = op.peers(**_inputs(row)[0])
-        rivals = {name: f for name, f in offered.items() if every_peer or name.startswith("torch")}
-    return {OURS: functools.partial(op.function, backend=row.backend.name), **rivals}
+        return [b.name for b in row.others]
+    if row.kind == "threads" or not row.op.peers:
+        return []
+    offered = row.op.peers(**row.op.make(row.case, _unwritten(row.dtype)))
+    return [name for name in offered if every_peer or name.startswith("torch")]
+
+
+def contender(row: Row, name: str) -> Callable[..., Any]:
+    """The function called ``name`` in a row's columns: ours, another backend of ours, or a peer's."""
+    if name == OURS or row.kind == "isa":
+        return functools.partial(
+            row.op.function, backend=row.backend.name if name == OURS else name
+        )
+    assert row.op.peers is not None
+    return row.op.peers(**_inputs(row)[0])[name]
 
 
 def calls(row: Row, function: Callable[..., Any]) -> list[Call]:
@@ -142,7 +171,13 @@ def _call(direction: str, function: Callable[..., Any], values: dict[str, Any]) 
     outs = function(**values | leaves)
     outs = tuple(o for o in (outs if isinstance(outs, tuple) else (outs,)) if o.requires_grad)
     upstream = tuple(torch.randn_like(o) for o in outs)
-    return functools.partial(torch.autograd.grad, outs, tuple(leaves.values()), upstream, retain_graph=True)
+    return functools.partial(
+        torch.autograd.grad, outs, tuple(leaves.values()), upstream, retain_graph=True
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def label(case: Case) -> str:
@@ -157,6 +192,10 @@ def _word(name: str, value: Any) -> str:
     if value is True:
         return name
     if dataclasses.is_dataclass(value):
-        changed = [getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default]
+        changed = [
+            getattr(value, f.name)
+            for f in dataclasses.fields(value)
+            if getattr(value, f.name) != f.default
+        ]
         return type(value).__name__ + (f"({', '.join(map(str, changed))})" if changed else "")
     return value if isinstance(value, str) else f"{name}{value}"

@@ -40,7 +40,9 @@ class Ceilings:
         dot = dtype == torch.bfloat16 and self.isa == "avx512bf16"
         loop: Callable[..., Any] = self.native.ceiling_dot if dot else self.native.ceiling_fma
         flops = FLOPS * torch.get_num_threads() * (2 if dot else 1)
-        return self._measure("bf16 dot" if dot else "float32 FMA", lambda: loop(self.sums, flops), flops)
+        return self._measure(
+            "bf16 dot" if dot else "float32 FMA", lambda: loop(self.sums, flops), flops
+        )
 
     def reading(self, size: float) -> float | None:
         """Bytes a second, read from a buffer of ``size`` bytes (a cache may hold it) or copied on a GPU."""

@@ -36,7 +36,9 @@ def identity(record: Record) -> tuple[Any, ...]:
     return tuple(record.get(name) for name in IDENTITY)
 
 
-def by_machine(records: Sequence[Record], kinds: Sequence[str] = ("speed",)) -> dict[str, list[Record]]:
+def by_machine(
+    records: Sequence[Record], kinds: Sequence[str] = ("speed",)
+) -> dict[str, list[Record]]:
     """For each machine its newest record of every row, in the order in which rows were first timed."""
     found: dict[str, dict[tuple[Any, ...], Record]] = {}
     for record in sorted(records, key=lambda record: str(record.get("date", ""))):

@@ -27,14 +27,14 @@ except ImportError:  # not a Unix: every sample counts
     resource = None  # type: ignore[assignment]
 
 Call = Callable[[], Any]
-SHORTEST = 2e-4  # seconds a sample should last: shorter calls are repeated within it
 FEWEST, MOST = 3, 60  # rounds
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: median and quartiles of ``kept`` samples out of ``taken``."""
+    """Seconds a call: fastest, median and quartiles of ``kept`` samples out of ``taken``."""
 
+    fastest: float
     median: float
     low: float
     high: float
@@ -47,10 +47,14 @@ def summary(samples: Sequence[tuple[float, int]]) -> Timing:
     """The quartiles of the undisturbed ones among (seconds, how often the processor was taken away)."""
     kept = [seconds for seconds, lost in samples if not lost]
     clean = len(kept) >= FEWEST
-    most = sorted(lost for _, lost in samples)[min(max(FEWEST, len(samples) // 3), len(samples)) - 1]
+    most = sorted(lost for _, lost in samples)[
+        min(max(FEWEST, len(samples) // 3), len(samples)) - 1
+    ]
     used = kept if clean else [seconds for seconds, lost in samples if lost <= most]
-    low, median, high = statistics.quantiles(used, n=4, method="inclusive") if len(used) > 1 else used * 3
-    return Timing(median, low, high, len(kept), len(samples), clean)
+    low, median, high = (
+        statistics.quantiles(used, n=4, method="inclusive") if len(used) > 1 else used * 3
+    )
+    return Timing(min(used), median, low, high, len(kept), len(samples), clean)
 
 
 def interleave(
@@ -61,7 +65,7 @@ def interleave(
     repeats, round_time = {}, 0.0
     for name, calls in contenders.items():
         first = min(clock.sample(calls, 0, 1)[0] for _ in range(2))
-        repeats[name] = max(1, min(1000, int(SHORTEST / max(first, 1e-9))))
+        repeats[name] = max(1, min(1000, int(clock.shortest / max(first, 1e-9))))
         round_time += repeats[name] * first
     rounds = max(FEWEST, min(MOST, int(seconds / max(round_time, 1e-9))))
     samples: dict[str, list[tuple[float, int]]] = {name: [] for name in contenders}
@@ -72,6 +76,8 @@ def interleave(
 
 
 class _Clock:
+    shortest = 2e-4  # seconds a sample should last: shorter calls are repeated within it
+
     def sample(self, calls: Sequence[Call], start: int, repeats: int) -> tuple[float, int]:
         turns = [calls[(start + i) % len(calls)] for i in range(repeats)]
         before = _preemptions()
@@ -83,6 +89,8 @@ class _Clock:
 
 
 class _Events:
+    shortest = 0.0  # each call finds the cache overwritten
+
     def __init__(self) -> None:
         self.cache = torch.empty(64 << 20, dtype=torch.int32, device="cuda")  # 256 MB
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,30 +18,22 @@ class Axes:
     def __init__(self, function: str, **specs: str) -> None:
         self.function = function
         self.specs = {name: spec.split() for name, spec in specs.items()}
-        self.ndims = [len(letters) for letters in self.specs.values()]
-        flat = [letter for letters in self.specs.values() for letter in letters]
-        self.same = [(i, flat.index(x)) for i, x in enumerate(flat) if flat.index(x) != i]
-        self.first = [i for i, x in enumerate(flat) if flat.index(x) == i]
-        self.flat = flat
+        self.flat = [letter for letters in self.specs.values() for letter in letters]
+        self.bind = _compile(self.specs)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[int, ...]:
-        lead = tensors[0]
-        for t, ndim in zip(tensors, self.ndims):
-            if not isinstance(t, torch.Tensor) or t.dim() != ndim:
-                self._refuse_rank(tensors)
-            if t.dtype != lead.dtype or t.device != lead.device:
-                self._refuse_kind(tensors)
-        sizes = [size for t in tensors for size in t.shape]
-        for i, j in self.same:
-            if sizes[i] != sizes[j]:
-                self._refuse_size(tensors, i, j)
-        return tuple([sizes[i] for i in self.first])
+        sizes = self.bind(*tensors)
+        if sizes is None:
+            self._refuse_rank(tensors)
+            self._refuse_kind(tensors)
+            self._refuse_size(tensors)
+        return sizes
 
     def _owner(self, position: int) -> str:
-        for name, ndim in zip(self.specs, self.ndims):
-            if position < ndim:
+        for name, letters in self.specs.items():
+            if position < len(letters):
                 return name
-            position -= ndim
+            position -= len(letters)
         raise IndexError(position)
 
     def _table(self, tensors: tuple[Any, ...]) -> str:
@@ -63,18 +56,44 @@ class Axes:
                 )
 
     def _refuse_kind(self, tensors: tuple[Any, ...]) -> None:
+        if len({(t.dtype, t.device) for t in tensors}) == 1:
+            return
         kinds = ", ".join(
             f"{name} is {str(t.dtype).removeprefix('torch.')} on {t.device}"
             for name, t in zip(self.specs, tensors)
         )
         raise ValueError(f"{self.function}: {kinds}; they must share one dtype and one device")
 
-    def _refuse_size(self, tensors: tuple[Any, ...], i: int, j: int) -> None:
+    def _refuse_size(self, tensors: tuple[Any, ...]) -> None:
         sizes = [size for t in tensors for size in t.shape]
-        raise ValueError(
-            f"{self.function}: {self.flat[i]} is {sizes[j]} in {self._owner(j)} "
-            f"but {sizes[i]} in {self._owner(i)}\n{self._table(tensors)}"
-        )
+        for i, letter in enumerate(self.flat):
+            j = self.flat.index(letter)
+            if sizes[i] != sizes[j]:
+                raise ValueError(
+                    f"{self.function}: {letter} is {sizes[j]} in {self._owner(j)} "
+                    f"but {sizes[i]} in {self._owner(i)}\n{self._table(tensors)}"
+                )
+
+
+def _compile(specs: dict[str, list[str]]) -> Callable[..., Any]:
+    """The check as straight code, for it runs at every call: the sizes, or None where anything is off."""
+    lead, seen = next(iter(specs)), list(dict.fromkeys(x for letters in specs.values() for x in letters))
+    lines, same, known = [], [], set()
+    for name, letters in specs.items():
+        fresh = [x if x not in known else f"{x}_{name}" for x in letters]
+        same += [f"{x}_{name} != {x}" for x in letters if x in known]
+        known.update(letters)
+        lines.append(f"        {', '.join(fresh)}, = {name}.shape")
+        if name != lead:
+            same += [f"{name}.dtype != {lead}.dtype", f"{name}.device != {lead}.device"]
+    source = "\n".join(
+        [f"def bind({', '.join(specs)}):", "    try:", *lines, f"        if {' or '.join(same) or 'False'}:"]
+        + ["            return None", "    except (AttributeError, ValueError, TypeError):", "        return None"]
+        + [f"    return {', '.join(seen)},"]
+    )
+    scope: dict[str, Any] = {}
+    exec(source, scope)
+    return scope["bind"]  # type: ignore[no-any-return]
 
 
 def unit_stride(t: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ class Mask:
 
     def band(self) -> Band:
         """The mask as limits on j - i; every mask of this module is one."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say which keys it allows")
 
     def encode(self) -> list[int]:
         """The integers that kernels in every language read: [kind, parameters...]."""
@@ -32,6 +32,12 @@ class Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         return Both(self, other)
+
+    def __str__(self) -> str:
+        """The mask in a test id: ``Causal``, ``Window(7,0)``."""
+        given = [(getattr(self, f.name), f.default) for f in getattr(self, "__dataclass_fields__", {}).values()]
+        shown = ",".join(str(value) for value, _ in given)
+        return type(self).__name__ + (f"({shown})" if any(value != default for value, default in given) else "")
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,9 @@ class Both(Mask):
 
     first: Mask
     second: Mask
+
+    def __str__(self) -> str:
+        return f"{self.first}&{self.second}"
 
     def band(self) -> Band:
         a, b = self.first.band(), self.second.band()

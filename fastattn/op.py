@@ -11,6 +11,8 @@ imported when first chosen.
 Schemas carry the meaning by their names.  An argument of the backward schema named like an argument or
 an output of the forward is saved for it; ``d<output>`` is the gradient of that output, and a result named
 ``d<input>`` is the gradient of that input.
+
+One file because a descriptor and all that is read from it change together: limits, rows, registration, choice.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastattn.checks import unit_stride
 
@@ -200,7 +203,7 @@ class Op:
     backward: str
     fake: Callable[..., Sequence[torch.Tensor]]  # the outputs, allocated but not computed
     fake_backward: Callable[..., Sequence[torch.Tensor]]
-    facts: dict[str, Callable[..., Any]]  # what limits may depend on; evaluated on the forward's arguments
+    facts: dict[str, str]  # what limits may depend on: name -> expression of the forward's arguments
     reference: Callable[..., Sequence[torch.Tensor]]  # the formula on the same arguments, differentiable
     backends: tuple[Backend, ...]  # in order of preference
     cases: Sequence[Case]
@@ -222,6 +225,7 @@ class Op:
         self.gradients = _names(self.backward.split("->")[1])
         # Outputs whose gradient backward cannot do without, although it does not save them.
         self._unsaved = [n for n in self.outputs if f"Tensor d{n}" in self.backward and n not in self.backward_arguments]
+        self._tensors = [i for i, kind in enumerate(_kinds(self.forward.split("->")[0])) if "Tensor" in kind]
         self._chosen: dict[tuple[Any, ...], Backend] = {}
         self._warned = False
         self._facts = _compile_facts(self.arguments, self.facts)
@@ -250,7 +254,6 @@ class Op:
         torch.library.register_autograd(
             f"fastattn::{self.name}_fwd", self._autograd, setup_context=self._save, lib=_LIB
         )
-        torch.library.register_autograd(f"fastattn::{self.name}_bwd", self._no_second_derivative, lib=_LIB)
         self.op = getattr(torch.ops.fastattn, f"{self.name}_fwd").default
         self.op_backward = getattr(torch.ops.fastattn, f"{self.name}_bwd").default
 
@@ -278,14 +281,33 @@ class Op:
                 grad = torch.zeros_like(known[name])
             known["d" + name] = grad if grad is None else unit_stride(grad)
         found = self.op_backward(*(known[n] for n in self.backward_arguments), backend=ctx.backend)
+        if torch.is_grad_enabled():  # create_graph=True
+            found = _Once.apply(self.name, len(found), *found, *(known[n] for n in ctx.tensors), *grads)
         found = dict(zip(self.gradients, found))
         return tuple(
             found.get("d" + self.same_gradient.get(name, name)) if needed and given else None
             for name, needed, given in zip(self.arguments, ctx.needs_input_grad, ctx.given)
         )
 
-    def _no_second_derivative(self, ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"{self.name}: second derivatives are not implemented; the backward pass is a kernel")
+    def call(self, *args: Any, backend: str = "") -> Any:
+        """The op on ``args``: what public functions call.
+
+        Plain eager calls that need no gradient go straight to the kernel; the dispatcher would only add its
+        overhead.  Everything else (autograd, compilation, tracing, modes, transforms, tensor subclasses)
+        goes through ``torch.ops``.
+        """
+        if not torch.compiler.is_compiling() and _is_plain():
+            needs_grad = torch.is_grad_enabled()
+            for i in self._tensors:
+                t = args[i]
+                if t is not None and (type(t) not in _PLAIN or (needs_grad and t.requires_grad)):
+                    break
+            else:
+                return self._forward(*args, backend=backend)
+        if forward_ad._current_level >= 0:  # torch would drop the tangents and say nothing
+            if any(isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args):
+                raise RuntimeError(f"{self.name}: forward-mode derivatives (jvp) are not implemented; use backward")
+        return self.op(*args, backend=backend)
 
     # -- running ------------------------------------------------------------------------------------
 
@@ -465,6 +487,19 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 # Small parts
 
 
+class _Once(torch.autograd.Function):
+    """Gradients that depend on what they were computed from, and refuse to say how."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        ctx.name = name
+        return tuple(t if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{ctx.name}: second derivatives are not implemented; its backward pass is a kernel")
+
+
 @functools.cache
 def _native() -> Any:
     try:
@@ -479,17 +514,32 @@ def _load(where: str) -> Callable[..., Any]:
     return functools.reduce(getattr, path.split("."), importlib.import_module(module))  # type: ignore[return-value]
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_plain() -> bool:
+    """Nothing watches or rewrites torch calls here: no mode, no functorch transform, no tracing."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def _kinds(side: str) -> list[str]:
+    """The types of a schema's arguments, in order."""
+    return [part.strip(" (").split(" ")[0] for part in side.split(",")]
+
+
 def _names(side: str) -> list[str]:
     return re.findall(r"(\w+)(?:\s*=\s*[^,)]+)?\s*[,)]", side)
 
 
-def _compile_facts(arguments: list[str], facts: dict[str, Callable[..., Any]]) -> Callable[..., tuple[Any, ...]]:
-    """One function of all arguments from the fact lambdas, each of which names the arguments it reads."""
-    getters = []
-    for function in facts.values():
-        where = [arguments.index(p) for p in inspect.signature(function).parameters]
-        getters.append((function, where))
-    return lambda *args: tuple(f(*[args[i] for i in where]) for f, where in getters)
+def _compile_facts(arguments: list[str], facts: dict[str, str]) -> Callable[..., tuple[Any, ...]]:
+    """One function of all arguments that evaluates every fact: it runs at each call, so it is one expression."""
+    source = f"lambda {', '.join(arguments)}: ({', '.join(facts.values())},)"
+    return eval(source)  # type: ignore[no-any-return]
 
 
 def _ignoring_backend(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -502,11 +552,11 @@ def _shares(t: torch.Tensor, args: Sequence[Any]) -> bool:
 
 @contextlib.contextmanager
 def _replaced(op: Op, call: Callable[..., Any]) -> Iterator[None]:
-    before, op.op = op.op, call
+    before, op.call = op.call, call  # type: ignore[method-assign]
     try:
         yield
     finally:
-        op.op = before
+        op.call = before  # type: ignore[method-assign]
 
 
 def _show(value: Any) -> str:

@@ -29,31 +29,29 @@ struct Stream {  // where a CUDA kernel is queued: a cudaStream_t
 namespace fastattn {
 inline constexpr const char* kIsas[] = {"avx512bf16", "avx512", "avx2", "scalar"};
 }
-#define FASTATTN_DECLARE(NAME, ...)                                                                        \
-  namespace cuda { void NAME(Stream, __VA_ARGS__); }                                                       \
-  namespace [[gnu::visibility("hidden")]] cpu {                                                                                         \
-  namespace avx512bf16 { void NAME(__VA_ARGS__); }                                                         \
-  namespace avx512 { void NAME(__VA_ARGS__); }                                                             \
-  namespace avx2 { void NAME(__VA_ARGS__); }                                                               \
-  namespace scalar { void NAME(__VA_ARGS__); }                                                             \
-  struct NAME {                                                                                            \
-    static constexpr void (*compiled[])(__VA_ARGS__) = {avx512bf16::NAME, avx512::NAME, avx2::NAME,        \
-                                                        scalar::NAME}; /* as kIsas */                      \
-  };                                                                                                       \
+#define FASTATTN_DECLARE(NAME, ...)                                                               \
+  namespace cuda { void NAME(Stream, __VA_ARGS__); }                                              \
+  namespace [[gnu::visibility("hidden")]] cpu {                                                   \
+  namespace avx512bf16 { void NAME(__VA_ARGS__); }                                                \
+  namespace avx512 { void NAME(__VA_ARGS__); }                                                    \
+  namespace avx2 { void NAME(__VA_ARGS__); }                                                      \
+  namespace scalar { void NAME(__VA_ARGS__); }                                                    \
+  struct NAME {                                                                                   \
+    static constexpr void (*compiled[])(__VA_ARGS__) = {avx512bf16::NAME, avx512::NAME,           \
+                                                        avx2::NAME, scalar::NAME}; /* as kIsas */ \
+  };                                                                                              \
   }
 
 #else
 
-namespace fastattn {
-inline constexpr const char* kIsas[] = {"scalar"};
-}
-#define FASTATTN_DECLARE(NAME, ...)                                                                        \
-  namespace cuda { void NAME(Stream, __VA_ARGS__); }                                                       \
-  namespace [[gnu::visibility("hidden")]] cpu {                                                                                         \
-  namespace scalar { void NAME(__VA_ARGS__); }                                                             \
-  struct NAME {                                                                                            \
-    static constexpr void (*compiled[])(__VA_ARGS__) = {scalar::NAME};                                     \
-  };                                                                                                       \
+namespace fastattn { inline constexpr const char* kIsas[] = {"scalar"}; }
+#define FASTATTN_DECLARE(NAME, ...)                                    \
+  namespace cuda { void NAME(Stream, __VA_ARGS__); }                   \
+  namespace [[gnu::visibility("hidden")]] cpu {                        \
+  namespace scalar { void NAME(__VA_ARGS__); }                         \
+  struct NAME {                                                        \
+    static constexpr void (*compiled[])(__VA_ARGS__) = {scalar::NAME}; \
+  };                                                                   \
   }
 
 #endif

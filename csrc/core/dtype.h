@@ -11,7 +11,8 @@
 #else
 #define FASTATTN_HD
 #endif
-#define FASTATTN_INLINE [[gnu::always_inline]] inline  // for what must take its caller's instruction set
+#define FASTATTN_INLINE \
+  [[gnu::always_inline]] inline  // for what must take its caller's instruction set
 
 namespace fastattn {
 
@@ -65,7 +66,8 @@ struct f16 {
     bits = static_cast<uint16_t>(sign | h);
   }
   FASTATTN_HD constexpr operator float() const {
-    const uint32_t sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu, wide = magnitude << 13;
+    const uint32_t sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu,
+                   wide = magnitude << 13;
     if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | wide);
     if (magnitude >= 0x400u) return std::bit_cast<float>(sign | (wide + (112u << 23)));
     const float x = std::bit_cast<float>(wide | (113u << 23)) - 0x1p-14f;  // m 2^-24, exactly
@@ -75,14 +77,22 @@ struct f16 {
 
 template <class T>
 constexpr DType dtype_of() {
-  if constexpr (std::is_same_v<T, float>) return DType::f32;
-  else if constexpr (std::is_same_v<T, double>) return DType::f64;
-  else if constexpr (std::is_same_v<T, bf16>) return DType::bf16;
-  else if constexpr (std::is_same_v<T, f16>) return DType::f16;
-  else if constexpr (std::is_same_v<T, int8_t>) return DType::i8;
-  else if constexpr (std::is_same_v<T, uint8_t>) return DType::u8;
-  else if constexpr (std::is_same_v<T, int32_t>) return DType::i32;
-  else if constexpr (std::is_same_v<T, int64_t>) return DType::i64;
+  if constexpr (std::is_same_v<T, float>)
+    return DType::f32;
+  else if constexpr (std::is_same_v<T, double>)
+    return DType::f64;
+  else if constexpr (std::is_same_v<T, bf16>)
+    return DType::bf16;
+  else if constexpr (std::is_same_v<T, f16>)
+    return DType::f16;
+  else if constexpr (std::is_same_v<T, int8_t>)
+    return DType::i8;
+  else if constexpr (std::is_same_v<T, uint8_t>)
+    return DType::u8;
+  else if constexpr (std::is_same_v<T, int32_t>)
+    return DType::i32;
+  else if constexpr (std::is_same_v<T, int64_t>)
+    return DType::i64;
   else {
     static_assert(std::is_same_v<T, bool>, "not an element type");
     return DType::b8;

@@ -45,18 +45,13 @@ struct Bf16Dot {
 FASTATTN_INLINE vf broadcast(const char* word) {
   float x;
   __builtin_memcpy(&x, word, 4);
-  vf v = splat(x);
-#if FASTATTN_SIMD_WIDTH == 64
-  asm("" : "+v"(v));  // keep it in a register: an FMA with an embedded broadcast reaches 85 % of the rate
-#endif
-  return v;
+  return settled(splat(x));  // an FMA with an embedded broadcast reaches 85 % of the rate
 }
 
 // acc[r][v] += sum over k < K.  b points at the tile's first lane; ldb is in floats.
 template <class Mul, int R, int NV>
-FASTATTN_INLINE void multiply(vf (&acc)[R][NV], Words a, const float* b, int64_t ldb, int64_t K) {
-  const char* base = a.base;
-  const int64_t row = a.row, step = a.step;
+FASTATTN_INLINE void multiply_chunk(vf (&acc)[R][NV], const char* base, int64_t row, int64_t step, const float* b,
+                                    int64_t ldb, int64_t K) {
 #pragma GCC unroll 2
   for (int64_t k = 0; k < K; ++k) {
     vf bs[NV];
@@ -70,6 +65,21 @@ FASTATTN_INLINE void multiply(vf (&acc)[R][NV], Words a, const float* b, int64_t
     }
     base += step;
     b += ldb;
+  }
+}
+
+// acc = A B.  A sum of many terms is rounded at the size of the sum at every step; long ones are summed in parts.
+inline constexpr int64_t kChunk = 128;
+template <class Mul, int R, int NV>
+FASTATTN_INLINE void multiply(vf (&acc)[R][NV], Words a, const float* b, int64_t ldb, int64_t K) {
+  multiply_chunk<Mul>(acc, a.base, a.row, a.step, b, ldb, std::min(K, kChunk));
+  for (int64_t k = kChunk; k < K; k += kChunk) {
+    vf part[R][NV] = {};
+    multiply_chunk<Mul>(part, a.base + k * a.step, a.row, a.step, b + k * ldb, ldb, std::min(K - k, kChunk));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[r][v] += part[r][v];
   }
 }
 
@@ -104,16 +114,15 @@ struct Accumulate {
 
   template <int R, int NV>
   FASTATTN_INLINE void tile(int64_t r0) {
-    vf acc[R][NV];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = load(c + (r0 + r) * ldc + v * W);
+    vf acc[R][NV] = {};
     multiply<Mul>(acc, a.at(r0, 0), b, ldb, K);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) store(c + (r0 + r) * ldc + v * W, acc[r][v]);
+      for (int v = 0; v < NV; ++v) {
+        float* const to = c + (r0 + r) * ldc + v * W;
+        store(to, load(to) + acc[r][v]);
+      }
   }
 };
 template <class Mul>

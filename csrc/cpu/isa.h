@@ -79,7 +79,8 @@
 #undef FASTATTN_SIMD_WIDTH
 #undef FASTATTN_HAS_BF16DOT
 
-#endif  // x86, clang-format on
+// clang-format on
+#endif  // x86
 
 #define FASTATTN_ISA scalar
 #define FASTATTN_SIMD_WIDTH 16

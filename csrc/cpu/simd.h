@@ -36,6 +36,18 @@ FASTATTN_INLINE vf max(vf a, vf b) {  // b where either is NaN
 #endif
 }
 
+// x as it is in a register, not folded into the instruction that uses it.
+FASTATTN_INLINE vf settled(vf x) {
+#if FASTATTN_SIMD_WIDTH == 64
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 template <int... lane>
 FASTATTN_INLINE vi lanes(std::integer_sequence<int, lane...>) {
   return vi{lane...};
@@ -100,18 +112,37 @@ FASTATTN_INLINE void store(f16* p, vf v) {
 }
 
 // The first n < W lanes; the others read as zero and are not written.
+#if FASTATTN_SIMD_WIDTH == 64
 template <class T>
 FASTATTN_INLINE vf load(const T* p, int64_t n) {
-  T padded[W] = {};
-  std::memcpy(padded, p, n * sizeof(T));
-  return load(padded);
+  const __mmask16 first = static_cast<__mmask16>((1u << n) - 1);
+  T lanes[W];
+  if constexpr (sizeof(T) == 4) store_as(lanes, _mm512_maskz_loadu_ps(first, p));
+  if constexpr (sizeof(T) == 2) store_as(lanes, _mm256_maskz_loadu_epi16(first, p));
+  return load(lanes);
 }
 template <class T>
 FASTATTN_INLINE void store(T* p, vf v, int64_t n) {
-  T padded[W];
-  store(padded, v);
-  std::memcpy(p, padded, n * sizeof(T));
+  const __mmask16 first = static_cast<__mmask16>((1u << n) - 1);
+  T lanes[W];
+  store(lanes, v);
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, first, load_as<__m512>(lanes));
+  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, first, load_as<__m256i>(lanes));
 }
+#else
+template <class T>
+FASTATTN_INLINE vf load(const T* p, int64_t n) {
+  T lanes[W] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+FASTATTN_INLINE void store(T* p, vf v, int64_t n) {
+  T lanes[W];
+  store(lanes, v);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+#endif
 
 // ---- bf16 pairs: 32-bit words holding two numbers that a dot product multiplies and adds -----------------
 
@@ -141,8 +172,7 @@ template <int Degree>
 FASTATTN_INLINE vf exp2(vf x) {
   static_assert(Degree >= 4 && Degree <= 6);
   const float kShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
-  const vf t = max(splat(-127.0f), x) + kShift;
-  const vf r = x - (t - kShift);
+  const vf t = x + kShift, r = x - (t - kShift);  // below -126 both may be anything: the last line drops them
   vf y;
   if constexpr (Degree == 6) {
     y = r * 0x1.41d334p-13f + 0x1.5f456ap-10f;
@@ -182,10 +212,14 @@ FASTATTN_INLINE void transpose(vf (&rows)[W]) {
   if constexpr (H > 1) transpose<H / 2>(rows);
 }
 
-FASTATTN_INLINE float sum(vf v) {  // in a fixed order
-  float total = 0;
-  for (int lane = 0; lane < W; ++lane) total += v[lane];
-  return total;
+template <int Half, int... lane>
+FASTATTN_INLINE vf upper(vf v, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(v, v, ((lane + Half) % W)...);
+}
+template <int Half = W / 2>
+FASTATTN_INLINE float sum(vf v) {  // in a fixed order: halves onto each other
+  if constexpr (Half == 0) return v[0];
+  else return sum<Half / 2>(v + upper<Half>(v, std::make_integer_sequence<int, W>{}));
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

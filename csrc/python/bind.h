@@ -118,30 +118,32 @@ struct Bound {
   PyMethodDef method;
   void (*kernel)(P...);
 
-  static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t given) try {
+  static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t given) {
     const auto& bound = *static_cast<Bound*>(PyCapsule_GetPointer(self, nullptr));
-    return bound.run(args, given, std::index_sequence_for<P...>());
-  } catch (py::error_already_set& e) {
-    e.restore();
-    return nullptr;
-  } catch (const py::builtin_exception& e) {
-    e.set_error();
-    return nullptr;
-  } catch (const std::invalid_argument& e) {
-    PyErr_SetString(PyExc_ValueError, e.what());
-    return nullptr;
-  } catch (const std::bad_alloc&) {
-    return PyErr_NoMemory();
-  } catch (const std::exception& e) {
-    PyErr_SetString(PyExc_RuntimeError, e.what());
-    return nullptr;
+    PyObject* type = PyExc_RuntimeError;
+    std::string sentence;
+    try {
+      return bound.run(args, given, std::index_sequence_for<P...>());
+    } catch (py::error_already_set& e) {
+      e.restore();
+      return nullptr;
+    } catch (const std::bad_alloc&) {
+      return PyErr_NoMemory();
+    } catch (const py::type_error& e) {
+      type = PyExc_TypeError, sentence = e.what();
+    } catch (const std::invalid_argument& e) {
+      type = PyExc_ValueError, sentence = e.what();
+    } catch (const std::exception& e) {
+      sentence = e.what();
+    }
+    return PyErr_Format(type, "%s: %s", bound.method.ml_name, sentence.c_str());
   }
 
   template <size_t... i>
   PyObject* run(PyObject* const* args, Py_ssize_t given, std::index_sequence<i...>) const {
-    if (given != sizeof...(P)) refuse_type(method.ml_name, " takes ", sizeof...(P), " arguments, got ", given);
+    if (given != sizeof...(P)) refuse_type("it takes ", sizeof...(P), " arguments, got ", given);
     std::tuple<Argument<P>...> read;
-    (std::get<i>(read).read(Where{method.ml_name, i + 1, Device::cpu}, args[i]), ...);
+    (std::get<i>(read).read(Where{i + 1, Device::cpu}, args[i]), ...);
     {
       const WithoutGil released;
       kernel(std::get<i>(read).value...);
@@ -152,11 +154,14 @@ struct Bound {
 
 template <class... P>
 void bind(py::module_ m, const char* name, void (*kernel)(P...)) {
-  auto* bound = new Bound<P...>{{name, nullptr, METH_FASTCALL, nullptr}, kernel};  // lives as long as Python
-  bound->method.ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(Bound<P...>::call));
+  auto* bound =
+      new Bound<P...>{{name, nullptr, METH_FASTCALL, nullptr}, kernel};  // lives as long as Python
+  bound->method.ml_meth =
+      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(Bound<P...>::call));
   const py::capsule self(bound);
   const py::str module = m.attr("__name__");
-  m.add_object(name, py::reinterpret_steal<py::object>(PyCFunction_NewEx(&bound->method, self.ptr(), module.ptr())));
+  m.add_object(name, py::reinterpret_steal<py::object>(
+                         PyCFunction_NewEx(&bound->method, self.ptr(), module.ptr())));
 }
 
 template <class Kernel>

@@ -16,14 +16,13 @@ namespace fastattn::python {
 
 namespace py = pybind11;
 
-struct Where {  // what is being read, for sentences: "attention_fwd: argument 3"
-  const char* function;
+struct Where {   // which argument is being read, and for which device
   int argument;  // from 1
-  Device device;  // where this function runs
+  Device device;
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Where& at) {
-  return out << at.function << ": argument " << at.argument;
+  return out << "argument " << at.argument;
 }
 
 template <class... Parts>
@@ -97,7 +96,7 @@ inline constexpr Element kElements[] = {
 inline Device device_of(const Where& at, int32_t type) {
   switch (type) {
     case dlpack::kCpu:
-    case 3:  // pinned by CUDA
+    case 3:   // pinned by CUDA
     case 11:  // pinned by ROCm
       return Device::cpu;
     case dlpack::kCuda:
@@ -115,9 +114,11 @@ inline Tensor from_array(const Where& at, const dlpack::Array& array) {
   const dlpack::Element* e = dlpack::kElements;
   while (e != std::end(dlpack::kElements) && (e->code != array.code || e->bits != array.bits)) ++e;
   if (e == std::end(dlpack::kElements) || array.lanes != 1) {
-    refuse_dtype(at, "with code " + std::to_string(array.code) + " and " + std::to_string(array.bits) + " bits");
+    refuse_dtype(at, "with code " + std::to_string(array.code) + " and " +
+                         std::to_string(array.bits) + " bits");
   }
-  if (array.ndim > Tensor::kMaxDims) refuse(at, " has ", array.ndim, " axes; it takes at most ", Tensor::kMaxDims);
+  if (array.ndim > Tensor::kMaxDims)
+    refuse(at, " has ", array.ndim, " axes; it takes at most ", Tensor::kMaxDims);
   t.dtype = e->dtype;
   t.data = static_cast<char*>(array.data) + array.byte_offset;
   t.device_index = static_cast<int8_t>(array.device_index);
@@ -145,10 +146,13 @@ inline const dlpack::Exchange* exchange_of(PyTypeObject* type) {
   }
   const dlpack::Exchange* table = nullptr;
   const py::handle handle(reinterpret_cast<PyObject*>(type));
-  if (const py::object capsule = py::getattr(handle, "__dlpack_c_exchange_api__", py::none()); !capsule.is_none()) {
-    table = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (const py::object capsule = py::getattr(handle, "__dlpack_c_exchange_api__", py::none());
+      !capsule.is_none()) {
+    table = static_cast<const dlpack::Exchange*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!table) throw py::error_already_set();
-    while (table && (table->version.major != dlpack::kMajor || !table->to_array)) table = table->previous;
+    while (table && (table->version.major != dlpack::kMajor || !table->to_array))
+      table = table->previous;
   }
   known.push_back({type, table});
   handle.inc_ref();
@@ -188,22 +192,26 @@ inline Tensor from_dlpack(const Where& at, py::handle object, py::object& keep) 
     keep = method();
   }
   if (PyCapsule_IsValid(keep.ptr(), "dltensor")) {
-    return from_array(at, static_cast<dlpack::Managed*>(PyCapsule_GetPointer(keep.ptr(), "dltensor"))->array);
+    return from_array(
+        at, static_cast<dlpack::Managed*>(PyCapsule_GetPointer(keep.ptr(), "dltensor"))->array);
   }
-  const auto* managed =
-      static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(keep.ptr(), "dltensor_versioned"));
+  const auto* managed = static_cast<dlpack::ManagedVersioned*>(
+      PyCapsule_GetPointer(keep.ptr(), "dltensor_versioned"));
   if (!managed) throw py::error_already_set();
   if (managed->version.major != dlpack::kMajor) {
-    refuse_type(at, " speaks DLPack ", managed->version.major, "; it takes DLPack ", dlpack::kMajor);
+    refuse_type(at, " speaks DLPack ", managed->version.major, "; it takes DLPack ",
+                dlpack::kMajor);
   }
   if (managed->flags & dlpack::kReadOnly) refuse_type(at, " is read-only; pass a copy");
   return from_array(at, managed->array);
 }
 
 // What a library raised while it described its tensor, in one line and with the place.
-[[noreturn]] inline void refuse_undescribed(const Where& at, py::handle object, py::error_already_set& e) {
+[[noreturn]] inline void refuse_undescribed(const Where& at, py::handle object,
+                                            py::error_already_set& e) {
   const std::string reason = py::str(e.value());
-  refuse_type(at, " is a ", Py_TYPE(object.ptr())->tp_name, " that cannot be read: ", reason.substr(0, reason.find('\n')));
+  refuse_type(at, " is a ", Py_TYPE(object.ptr())->tp_name,
+              " that cannot be read: ", reason.substr(0, reason.find('\n')));
 }
 
 inline Tensor read_tensor(const Where& at, py::handle object, py::object& keep) {

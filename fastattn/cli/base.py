@@ -8,45 +8,61 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from fastattn.bench import records
+from fastattn.bench.figures import torch_ratio
 from fastattn.cli.machine import PACKAGE
 from fastattn.cli.terminal import duration, table
 
+ROOT = PACKAGE.parent
+WORKTREE = ("git", "worktree")
+
+
+def check(ref: str) -> None:
+    """Refuse before anything is timed what could not be built afterwards."""
+    if not (ROOT / ".git").exists():
+        raise ValueError(
+            f"--base is {ref!r}; it takes a git revision, and {ROOT} is no git checkout"
+        )
+    _do(f"{ref!r} is no revision", ROOT, "git", "rev-parse", "--verify", f"{ref}^{{commit}}")
+
 
 def compare(arguments: argparse.Namespace, found: list[records.Record]) -> list[str]:
-    """Lines of a table: their time over ours, for each row that both have."""
-    root = PACKAGE.parent
-    if not (root / ".git").exists():
-        raise ValueError(f"--base is {arguments.base!r}; it takes a git revision, and {root} is no git checkout")
+    """Lines of a table: their time over ours, and what each was beside PyTorch, for each row that both have."""
+    python = [sys.executable, "-m"]
+    pip = [*python, "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target"]
+    bench = [*python, "fastattn", "bench", *["--quick"] * arguments.quick]
+    for option in ("op", "backend", "device", "dtype", "threads"):
+        if getattr(arguments, option):
+            bench += [f"--{option}", str(getattr(arguments, option))]
     with tempfile.TemporaryDirectory(prefix="fastattn-base-") as folder:
-        tree, site, results = (Path(folder, name) for name in ("tree", "site", "base.jsonl"))
-        _do(f"no such revision {arguments.base!r}", root, "git", "worktree", "add", "--detach", str(tree), arguments.base)
+        tree, site = f"{folder}/tree", f"{folder}/site"
+        print(f"\nBuilding {arguments.base} ...", file=sys.stderr)
+        _do("it has no worktree", ROOT, *WORKTREE, "add", "--detach", tree, arguments.base)
         try:
-            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
-            _do("the revision does not build", tree, *pip, "--target", str(site), str(tree))
-            command = [sys.executable, "-m", "fastattn", "bench", "--json", str(results)]
-            for option in ("op", "backend", "device", "dtype", "threads"):
-                if getattr(arguments, option):
-                    command += [f"--{option}", str(getattr(arguments, option))]
-            command += ["--quick"] * arguments.quick
-            print(f"\nTiming {arguments.base} ...", file=sys.stderr)
-            environment = os.environ | {"PYTHONPATH": str(site)}
-            subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, check=False)
+            _do(f"{arguments.base} does not build", Path(tree), *pip, site, tree)
+            print(f"Timing {arguments.base} ...", file=sys.stderr)
+            bench += ["--json", f"{folder}/base.jsonl"]
+            where: dict[str, Any] = {"cwd": folder, "env": os.environ | {"PYTHONPATH": site}}
+            subprocess.run(bench, stdout=subprocess.DEVNULL, check=False, **where)
             theirs = {records.identity(r): r for r in records.load(Path(folder))}
         finally:
-            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=root, check=False)
+            subprocess.run([*WORKTREE, "remove", "--force", tree], cwd=ROOT, check=False)
     return _table(arguments.base, found, theirs)
 
 
 def _table(
     ref: str, found: list[records.Record], theirs: dict[tuple[object, ...], records.Record]
 ) -> list[str]:
-    rows = [["op", "case", "dtype", "", ref, "now", "times faster"]]
+    rows = [["op", "case", "dtype", "", ref, "now", "times faster", "beside PyTorch"]]
     for r in found:
         if other := theirs.get(records.identity(r)):
-            times = [duration(other["seconds"]), duration(r["seconds"]), f"{other['seconds'] / r['seconds']:.2f}"]
-            rows.append([r["op"], r["label"], r["dtype"], r["direction"], *times])
+            times = [duration(other["seconds"]), duration(r["seconds"])]
+            then, now = torch_ratio(other), torch_ratio(r)
+            beside = f"{then:.2f} -> {now:.2f}" if then and now else ""
+            gain = f"{other['seconds'] / r['seconds']:.2f}"
+            rows.append([r["op"], r["label"], r["dtype"], r["direction"], *times, gain, beside])
     if len(rows) == 1:
         return [f"No row of {ref} matches: does it have these ops?"]
     return ["", *table(rows, f"{ref}|now|times faster")]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,23 @@ from fastattn.op import Backend, Op
 QUICK_SECONDS, SECONDS = 1.1, 4.0  # what a row may take
 QUICK_MINUTES = 3.3  # what all rows may take, beside those that are long by themselves
 QUICK_PATIENCE, PATIENCE = 6.0, 90.0  # a contender that would need more is left out
+OWN = 3  # times as patient with ourselves
+TELLING = 2e-3  # seconds of a call from which the time of a larger one can be foretold
 CALLS = 5  # the fewest calls of a contender that make a row
 INTENSE = 40.0  # operations a byte above which nothing waits for memory
 
-HEADER = ["op", "case", "dtype", "", "time", "spread", "times faster than", "rate", "of ceiling", "memory"]
+HEADER = [
+    "op",
+    "case",
+    "dtype",
+    "",
+    "time",
+    "spread",
+    "times faster than",
+    "rate",
+    "of ceiling",
+    "memory",
+]
 RIGHT = "time|spread|rate|of ceiling|memory"
 
 
@@ -31,6 +42,8 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.threads < 1:
             raise ValueError(f"--threads is {arguments.threads}; it takes an integer >= 1")
         torch.set_num_threads(arguments.threads)
+    if arguments.base:
+        base.check(arguments.base)
     run = Run(arguments)
     if not run.rows:
         print("Nothing to time here.", *run.notes, sep="\n")
@@ -53,7 +66,9 @@ def main(arguments: argparse.Namespace) -> int:
 def title(found: list[records.Record]) -> str:
     r = found[0]
     where = f"fastattn {r['versions']['fastattn']} {r['commit']}".strip()
-    return f"{records.machine_name(r)} · {where} · torch {r['versions']['torch']} · {r['date'][:10]}"
+    return (
+        f"{records.machine_name(r)} · {where} · torch {r['versions']['torch']} · {r['date'][:10]}"
+    )
 
 
 class Run:
@@ -62,17 +77,17 @@ class Run:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.quick = arguments, arguments.quick
         self.notes: list[str] = []
-        self.red: list[str] = []
-        self.rates: dict[tuple[Any, ...], float] = {}  # operations a second of each contender's last row
+        self.red: dict[str, str] = {}  # op, backend and dtype whose contract fails, and how
+        self.rates: dict[tuple[Any, ...], float] = {}  # operations a second, of each contender
         self.ceilings: dict[str, Ceilings] = {}
-        self.about = {
+        self.about: dict[str, Any] = {
             "machine": machine.machine(),
             "versions": machine.versions(),
             "commit": machine.commit(),
             "date": machine.now(),
         }
         chosen, dtypes = select.backends(arguments), select.dtypes(arguments)
-        self.rows = []
+        self.rows: list[cases.Row] = []
         for op in select.ops(arguments):
             able = self._worth_timing(op, chosen)
             self.rows += cases.rows(op, able, dtypes, self.quick) if able else []
@@ -82,19 +97,24 @@ class Run:
 
     def _worth_timing(self, op: Op, chosen: list[Backend]) -> list[Backend]:
         """The reference only on request, a GPU's kernels only on a GPU, the processor only without one."""
-        able = [b for b in op.backends if b in chosen and not (b.family == "triton" and b.device == "cpu")]
+        able = [
+            b
+            for b in op.backends
+            if b in chosen and not (b.family == "triton" and b.device == "cpu")
+        ]
         if not self.arguments.backend:
             able = [b for b in able if b.family != "reference"]
         if not self.arguments.device and not self.arguments.backend and torch.cuda.is_available():
             able = [b for b in able if b.device == "cuda"]
         if all(support.unavailable(b) for b in able):
-            self.notes.append(f"{op.name}: no kernel runs here; --backend reference times the formula itself")
+            self.notes.append(
+                f"{op.name}: no kernel runs here; --backend reference times the formula itself"
+            )
             return []
         return able
 
     def all(self) -> list[records.Record]:
         found: list[records.Record] = []
-        green: dict[tuple[str, str, torch.dtype], str] = {}
         widths = self._widths()
         with Progress(len(self.rows), "bench") as bar:
             bar.say(self._banner())
@@ -103,11 +123,9 @@ class Run:
             for row in self.rows:
                 bar.step(f"{row.op.name} {cases.label(row.case)} {row.direction}", 0)
                 key = (row.op.name, row.backend.name, row.dtype)
-                if key not in green:
-                    green[key] = cases.contract(row.op, row.backend, row.dtype)
-                    if green[key]:
-                        self.red.append(f"{' '.join(map(str, key))} is wrong, so no time is given: {green[key]}")
-                record = None if green[key] else self.time(row)
+                if wrong := cases.contract(*key):
+                    self.red[f"{row.op.name} {row.backend.name} {_name(row.dtype)}"] = wrong
+                record = None if wrong else self.time(row)
                 if record:
                     found.append(record)
                     bar.say(table([HEADER, self._cells(record)], RIGHT, widths)[-1])
@@ -120,28 +138,32 @@ class Run:
         """One row: a warm call each, whose memory is noted, then samples in turn."""
         device, threads = row.backend.device, torch.get_num_threads()
         rivals, memory = {}, {}
-        for name, function in cases.contenders(row, self.arguments.peers).items():
+        for name in (cases.OURS, *cases.peers(row, self.arguments.peers)):
             rate = self.rates.get((row.op.name, row.backend.name, row.dtype, row.direction, name))
-            patience = self.patience * (4 if name == cases.OURS else 1)
+            patience = self.patience * (OWN if name == cases.OURS else 1)
             if rate and CALLS * row.flops / rate > patience:
-                self.notes.append(
-                    f"{row.op.name} {cases.label(row.case)} {_name(row.dtype)} {row.direction}: {name} left out, "
-                    f"which would take about {duration(row.flops / rate)} a call"
-                )
+                needed = duration(row.flops / rate)
+                self.notes.append(f"{row}: {name} left out; it would take about {needed} a call")
                 if name == cases.OURS:
                     return None
                 continue
-            rivals[name] = cases.calls(row, function)
+            rivals[name] = cases.calls(row, cases.contender(row, name))
             memory[name] = timing.peak_memory(rivals[name][0], device)
+        before = self._limits(row)
         if row.kind == "threads":
             times = self._by_threads(rivals[cases.OURS], threads)
         else:
             times = timing.interleave(rivals, self.seconds, device)
+        peak, reading = (
+            max(filter(None, pair), default=None)
+            for pair in zip(before, self._limits(row), strict=True)
+        )
         ours = times.pop(cases.OURS)
         if row.kind == "speed":
             for name, t in {cases.OURS: ours, **times}.items():
                 key = (row.op.name, row.backend.name, row.dtype, row.direction, name)
-                self.rates[key] = row.flops / t.low
+                if t.fastest > TELLING:
+                    self.rates[key] = row.flops / t.fastest
         record: records.Record = {
             "kind": row.kind,
             "op": row.op.name,
@@ -159,7 +181,7 @@ class Run:
                 for name, t in times.items()
             },
         }
-        return record | self._limits(row, ours) | self.about
+        return record | _reached(row, ours.median, peak, reading) | self.about
 
     def _by_threads(self, calls: list[timing.Call], threads: int) -> dict[str, timing.Timing]:
         """All threads against one; not in turns, since a change of threads starts the pool anew."""
@@ -173,23 +195,15 @@ class Run:
             torch.set_num_threads(threads)
         return found
 
-    def _limits(self, row: cases.Row, ours: timing.Timing) -> dict[str, Any]:
-        """The resource that bounds the row by its cost, the rate reached, and its share of the ceiling."""
-        ceilings = self.ceilings.setdefault(row.backend.name, Ceilings(row.backend.name, row.backend.device))
-        peak = ceilings.arithmetic(row.dtype) if row.flops else None
-        intense = row.flops > INTENSE * row.bytes
-        reading = None if intense else ceilings.reading(row.bytes * row.sets)
-        compute = intense or bool(peak and reading and row.flops / peak > row.bytes / reading)
-        rate = (row.flops if compute else row.bytes) / ours.median
-        ceiling = peak if compute else reading
-        return {
-            "flops": row.flops,
-            "bytes": row.bytes,
-            "bound": "compute" if compute else "memory",
-            "rate": rate,
-            "ceiling": ceiling,
-            "share": rate / ceiling if ceiling and row.kind != "call" else None,
-        }
+    def _limits(self, row: cases.Row) -> tuple[float | None, float | None]:
+        """Operations a second and bytes a second that this machine reaches now, where they can bound the row."""
+        ceilings = self.ceilings.setdefault(
+            row.backend.name, Ceilings(row.backend.name, row.backend.device)
+        )
+        return (
+            ceilings.arithmetic(row.dtype) if row.flops else None,
+            None if row.flops > INTENSE * row.bytes else ceilings.reading(row.bytes * row.sets),
+        )
 
     # -- printing -----------------------------------------------------------------------------------
 
@@ -213,7 +227,9 @@ class Run:
     def _cells(self, record: records.Record) -> list[str]:
         half = (record["high"] - record["low"]) / 2 / record["seconds"]
         against = {"threads": "one thread"}.get(record["kind"], "")
-        ratios = [f"{peer['ratio']:.2f} {against or name}" for name, peer in record["peers"].items()]
+        ratios = [
+            f"{peer['ratio']:.2f} {against or name}" for name, peer in record["peers"].items()
+        ]
         unit = "GFLOP/s" if record["bound"] == "compute" else "GB/s"
         tiny = record["kind"] == "call"
         return [
@@ -239,14 +255,25 @@ class Run:
         lines = ["", "Ceilings over the whole run:"]
         lines += [_measured(name, ceilings) for name, ceilings in self.ceilings.items()]
         if any(not record["clean"] for record in found):
-            lines.append("~ marks rows with fewer than three undisturbed samples: the machine was busy.")
+            lines.append(
+                "~ marks rows with fewer than three undisturbed samples: the machine was busy."
+            )
         if any(record["share"] is None and record["kind"] == "speed" for record in found):
-            lines.append("n/a: ceilings are measured by the compiled library, which has none for this backend.")
+            lines.append(
+                "n/a: ceilings are measured by the compiled library, which has none for this backend."
+            )
         for record in found:
             if record["kind"] == "call":
-                peers = ", ".join(f"{n} {duration(p['seconds'])}" for n, p in record["peers"].items())
-                lines.append(f"{record['op']}: a call on tiny inputs takes {duration(record['seconds'])} ({peers}).")
-        return lines + [f"Left out: {note}" for note in self.notes] + self.red
+                peers = ", ".join(
+                    f"{n} {duration(p['seconds'])}" for n, p in record["peers"].items()
+                )
+                lines.append(
+                    f"{record['op']}: a call on tiny inputs takes {duration(record['seconds'])} ({peers})."
+                )
+        lines += self.notes
+        return lines + [
+            f"{what} is wrong, so no time is given: {why}" for what, why in self.red.items()
+        ]
 
 
 def _measured(backend: str, ceilings: Ceilings) -> str:
@@ -254,8 +281,27 @@ def _measured(backend: str, ceilings: Ceilings) -> str:
     for name, rates in sorted(ceilings.history.items()):
         middle = sorted(rates)[len(rates) // 2]
         unit = "GB/s" if name.startswith(("read", "copy")) else "GFLOP/s"
-        parts.append(f"{name} {middle / 1e9:.4g} {unit} ({min(rates) / 1e9:.4g}-{max(rates) / 1e9:.4g})")
+        parts.append(
+            f"{name} {middle / 1e9:.4g} {unit} ({min(rates) / 1e9:.4g}-{max(rates) / 1e9:.4g})"
+        )
     return f"  {backend}: " + ("; ".join(parts) or "ceilings n/a")
+
+
+def _reached(
+    row: cases.Row, seconds: float, peak: float | None, reading: float | None
+) -> dict[str, Any]:
+    """The resource that bounds the row by its cost, the rate reached, and its share of the ceiling."""
+    intense = row.flops > INTENSE * row.bytes
+    compute = intense or bool(peak and reading and row.flops / peak > row.bytes / reading)
+    rate, ceiling = (row.flops / seconds, peak) if compute else (row.bytes / seconds, reading)
+    return {
+        "flops": row.flops,
+        "bytes": row.bytes,
+        "bound": "compute" if compute else "memory",
+        "rate": rate,
+        "ceiling": ceiling,
+        "share": rate / ceiling if ceiling and row.kind != "call" else None,
+    }
 
 
 def _timed(t: timing.Timing) -> dict[str, Any]:

@@ -31,9 +31,12 @@ def gather() -> dict[str, Any]:
             "cuda (C++)": machine.missing("_cuda") or "yes",
             "triton": _why_no_triton() or "yes",
         },
-        "support": {row[0]: dict(zip(rows[0][1:], row[1:])) for row in rows[1:]},
+        "support": {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[1:]},
         "reasons": reasons,
-        "limits": {row[0]: dict(zip(support.matrix()[0][1:], row[1:])) for row in support.matrix()[1:]},
+        "limits": {
+            row[0]: dict(zip(support.matrix()[0][1:], row[1:], strict=True))
+            for row in support.matrix()[1:]
+        },
     }
 
 
@@ -51,7 +54,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
         ("versions", ", ".join(f"{k} {v}" for k, v in found["versions"].items())),
         ("commit", found["commit"] or "an installed package, no checkout"),
         ("processor", f"{m['cpu']}, {m['cores']} cores, {m['arch']}, {m['os']}"),
-        *((f"  {isa}", why + (" (chosen)" if isa == found["chosen"] else "")) for isa, why in found["isas"].items()),
+        *(
+            (f"  {isa}", why + (" (chosen)" if isa == found["chosen"] else ""))
+            for isa, why in found["isas"].items()
+        ),
         ("threads", str(found["threads"])),
         ("OpenMP", found["openmp"]),
         ("GPU", ", ".join(m["gpus"]) or "none"),

@@ -24,7 +24,9 @@ def machine() -> dict[str, Any]:
     native = _native()
     return {
         "cpu": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "arch": platform.machine(),
         "isas": [isa for isa in CPU_ISAS if native and isa in native.isas],
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -65,7 +67,9 @@ def openmp() -> str:
     except OSError:
         return "cannot be read on this system"
     words = (line.split()[-1] for line in maps.splitlines())
-    found = sorted({w for w in words if any(n in Path(w).name for n in ("libgomp", "libomp", "libiomp"))})
+    found = sorted(
+        {w for w in words if any(n in Path(w).name for n in ("libgomp", "libomp", "libiomp"))}
+    )
     shown = ", ".join(f".../{'/'.join(Path(w).parts[-3:])}" for w in found) or "none"
     return shown + (" (one pool)" if len(found) == 1 else f" ({len(found)} pools)" if found else "")
 
@@ -91,7 +95,9 @@ def _processor() -> str:
 
 def _git(*words: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(PACKAGE), *words], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", "-C", str(PACKAGE), *words], capture_output=True, text=True, timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -32,9 +32,13 @@ def limits(op: Op, backend: Backend) -> str:
     """dtypes and bounds of one row of the descriptor: "f32 bf16 f16, D at most 256"."""
     known = facts(op, make(op, op.cases[0], op.dtypes[0], "cpu"), backend.device)
     own = [limit for limit in backend.limits if of_call(limit)]
-    dtypes = [s for dtype, s in SHORT.items() if all(x.holds(known | {"dtype": dtype}) for x in own)]
+    dtypes = [
+        s for dtype, s in SHORT.items() if all(x.holds(known | {"dtype": dtype}) for x in own)
+    ]
     bounds = []
-    for name in (n for n, value in known.items() if isinstance(value, int) and not isinstance(value, bool)):
+    for name in (
+        n for n, value in known.items() if isinstance(value, int) and not isinstance(value, bool)
+    ):
         extreme = known | {name: HUGE}
         for sentence in (x.why(extreme) for x in own if not x.holds(extreme)):
             if bound := re.fullmatch(r"(\w+) is .* \((at most .*)\)", sentence):
@@ -48,7 +52,10 @@ def matrix() -> list[list[str]]:
     families.sort(key=("cpu", "triton", "cuda", "reference").index)
     rows = [["op", *families]]
     for op in sorted(OPS.values(), key=lambda op: op.name):
-        cells = ["; ".join(dict.fromkeys(limits(op, b) for b in op.backends if b.family == f)) for f in families]
+        cells = [
+            "; ".join(dict.fromkeys(limits(op, b) for b in op.backends if b.family == f))
+            for f in families
+        ]
         rows.append([op.name, *(cell or "no" for cell in cells)])
     return rows
 

@@ -29,7 +29,10 @@ class Progress:
         """``count`` more are done; ``text`` says what runs now."""
         self.done += count
         now = time.monotonic()
-        if now - max(self.shown, self.began) < (0.1 if self.bar else EVERY) and self.done < self.total:
+        if (
+            now - max(self.shown, self.began) < (0.1 if self.bar else EVERY)
+            and self.done < self.total
+        ):
             return
         self.shown = now
         share = min(self.done / max(self.total, 1), 1.0)
@@ -40,7 +43,12 @@ class Progress:
             return
         cells = round(24 * share)
         line = f"{head} {'█' * cells}{'░' * (24 - cells)} {left:3.0f} s left  {text}"
-        print(f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+        print(
+            f"\r\x1b[2K{line[: shutil.get_terminal_size().columns - 1]}",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def say(self, line: str = "") -> None:
         """Print a line of the result without tearing the bar."""
@@ -56,16 +64,18 @@ def table(rows: Sequence[Sequence[str]], right: str = "", widths: Sequence[int] 
     """Lines of aligned columns; the first row is the header, ``right`` names columns set flush right."""
     header = rows[0]
     fitting = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    widths = [max(pair) for pair in zip(fitting, widths or fitting)]
+    widths = [max(pair) for pair in zip(fitting, widths or fitting, strict=True)]
     flush = [name in right.split("|") for name in header]
     return [
-        "  ".join(f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(row, widths, flush)).rstrip()
+        "  ".join(
+            f"{c:>{w}}" if r else f"{c:<{w}}" for c, w, r in zip(row, widths, flush, strict=True)
+        ).rstrip()
         for row in [header, ["─" * w for w in widths], *rows[1:]]
     ]
 
 
 def duration(seconds: float) -> str:
-    """"10.3 ms": three digits in the unit that fits."""
+    """Three digits in the unit that fits, as in 10.3 ms."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"

@@ -30,7 +30,12 @@ from fastattn.cli.terminal import Progress, table
 from fastattn.op import Backend, Case, Op, triton_device
 from fastattn.testing import prove, prove_reference, why_not
 
-QUICK, INTERPRETED = 10, 12  # cases for each op, backend and dtype with --quick, and in Triton's interpreter
+GRACE = 60.0  # seconds that the last case may take when time is up
+SHOWN = 3  # failures printed for each op, backend and dtype
+QUICK, INTERPRETED = (
+    10,
+    12,
+)  # cases for each op, backend and dtype with --quick, and in Triton's interpreter
 Point = tuple[Op, Backend, torch.dtype, Case]
 Key = tuple[str, str, str]  # op, backend, dtype
 
@@ -46,7 +51,10 @@ class Tally:
 
     def __str__(self) -> str:
         words = [f"{self.passed} ok" if self.passed else ""]
-        words += [f"{self.failed} FAILED" if self.failed else "", f"{self.skipped} skipped" if self.skipped else ""]
+        words += [
+            f"{self.failed} FAILED" if self.failed else "",
+            f"{self.skipped} skipped" if self.skipped else "",
+        ]
         return " ".join(filter(None, words)) + (f" {self.worst:.0%}" if self.passed else "")
 
 
@@ -55,7 +63,9 @@ class Findings:
     tallies: dict[Key, Tally] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
-    absent: set[tuple[str, str]] = field(default_factory=set)  # op, backend that this machine cannot run
+    absent: set[tuple[str, str]] = field(
+        default_factory=set
+    )  # op, backend that this machine cannot run
 
     def add(self, said: dict[str, Any]) -> None:
         tally = self.tallies.setdefault((said["op"], said["backend"], said["dtype"]), Tally())
@@ -64,7 +74,9 @@ class Findings:
             tally.worst = max(tally.worst, said["worst"])
         elif said["state"] == "failed":
             tally.failed += 1
-            self.failures.append(f"{said['op']} {said['backend']} {said['dtype']} {said['case']}: {said['why']}")
+            self.failures.append(
+                f"{said['op']} {said['backend']} {said['dtype']} {said['case']}: {said['why']}"
+            )
         else:
             tally.skipped += 1
             self.reasons[f"{said['backend']}: {said['why']}"] += 1
@@ -76,6 +88,8 @@ class Findings:
         executed = {(op, b): 0 for op, b, _ in self.tallies}
         for (op, b, _), tally in self.tallies.items():
             executed[op, b] += tally.passed + tally.failed
+        if not any(executed.values()):
+            return ["not one case was executed"]
         return [
             f"{op} {b}: the backend is available and not one case was executed"
             for (op, b), count in executed.items()
@@ -118,7 +132,9 @@ def work(arguments: argparse.Namespace) -> int:
         about = {"op": op.name, "backend": backend.name, "dtype": _name(dtype), "case": repr(case)}
         _say(about | {"state": "running"})
         if time.monotonic() > deadline:
-            _say(about | {"state": "skipped", "why": f"time is up (--minutes {arguments.minutes:g})"})
+            _say(
+                about | {"state": "skipped", "why": f"time is up (--minutes {arguments.minutes:g})"}
+            )
         else:
             _say(about | _verdict(op, backend, dtype, case))
     return 0
@@ -135,7 +151,7 @@ def _verdict(op: Op, backend: Backend, dtype: torch.dtype, case: Case) -> dict[s
         return {"state": "passed", "worst": prove(op, backend, dtype, case)}
     except AssertionError as failure:
         return {"state": "failed", "why": str(failure)}
-    except Exception as error:  # noqa: BLE001: whatever a kernel raises is a finding
+    except Exception as error:  # whatever a kernel raises is a finding
         return {"state": "failed", "why": f"{type(error).__name__}: {error}"}
 
 
@@ -156,7 +172,14 @@ def main(arguments: argparse.Namespace) -> int:
     running, bar = len(workers), Progress(0, "verify")
     with bar:
         while running:
-            said = lines.get()
+            try:
+                said = lines.get(
+                    timeout=max(1.0, began + 60 * arguments.minutes + GRACE - time.monotonic())
+                )
+            except queue.Empty:
+                for worker in workers:
+                    worker.process.kill()  # a case that never ends; its end is heard like any other
+                continue
             if said is None:
                 running -= 1
             elif "total" in said:
@@ -164,7 +187,10 @@ def main(arguments: argparse.Namespace) -> int:
             else:
                 if said["state"] != "running":
                     findings.add(said)
-                bar.step(f"{said['op']} {said['backend']} {said['dtype']}", int(said["state"] != "running"))
+                bar.step(
+                    f"{said['op']} {said['backend']} {said['dtype']}",
+                    int(said["state"] != "running"),
+                )
     for worker in workers:
         findings.failures += worker.obituary()
     problems = findings.failures + findings.idle()
@@ -185,7 +211,11 @@ def _shares(arguments: argparse.Namespace) -> Iterator[tuple[list[str], dict[str
         and machine.versions()["triton"] != "not installed"
         and any(b.family == "triton" for b in select.backends(anywhere))
     )
-    names = list(dict.fromkeys(b.name for b in select.backends(arguments) if not (interpret and b.family == "triton")))
+    names = list(
+        dict.fromkeys(
+            b.name for b in select.backends(arguments) if not (interpret and b.family == "triton")
+        )
+    )
     quiet = {"OMP_WAIT_POLICY": "passive"}  # two processes share the cores
     if names:
         yield names, quiet
@@ -199,15 +229,27 @@ class _Worker:
     """A process that proves, and a thread that hears it."""
 
     def __init__(
-        self, arguments: argparse.Namespace, names: list[str], extra: dict[str, str], lines: queue.Queue[Any]
+        self,
+        arguments: argparse.Namespace,
+        names: list[str],
+        extra: dict[str, str],
+        lines: queue.Queue[Any],
     ) -> None:
-        command = [sys.executable, "-m", "fastattn", "verify", "--worker", "--backend", ",".join(names)]
+        command = [
+            sys.executable,
+            "-m",
+            "fastattn",
+            "verify",
+            "--worker",
+            "--backend",
+            ",".join(names),
+        ]
         for option in ("op", "dtype", "minutes"):
             if getattr(arguments, option) is not None:
                 command += [f"--{option}", str(getattr(arguments, option))]
         command += ["--quick"] * arguments.quick + ["--all"] * arguments.all
         self.last: dict[str, Any] = {}
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=os.environ | extra
         )
@@ -230,21 +272,48 @@ class _Worker:
             last, end = self.last, self.errors.read().strip()[-2000:]
         if not self.process.returncode:
             return []
-        where = f"{last['op']} {last['backend']} {last['dtype']} {last['case']}" if "op" in last else "before any case"
+        where = (
+            f"{last['op']} {last['backend']} {last['dtype']} {last['case']}"
+            if "op" in last
+            else "before any case"
+        )
         return [f"{where}: the process ended with status {self.process.returncode} {end}".rstrip()]
 
 
 def _lines(findings: Findings, problems: list[str]) -> list[str]:
     dtypes = [s for s in map(_name, support.SHORT) if any(key[2] == s for key in findings.tallies)]
     rows = [["op", "backend", *dtypes]]
-    for op, backend in sorted(dict.fromkeys(key[:2] for key in findings.tallies), key=lambda pair: pair[0]):
+    for op, backend in sorted(
+        dict.fromkeys(key[:2] for key in findings.tallies), key=lambda pair: pair[0]
+    ):
         cells = [findings.tallies.get((op, backend, dtype)) for dtype in dtypes]
         rows.append([op, backend, *(str(cell) if cell else "" for cell in cells)])
-    lines = ["Cases passed, and the largest share of the error budget that one used", "", *table(rows), ""]
+    lines = [
+        "Cases passed, and the largest share of the error budget that one used",
+        "",
+        *table(rows),
+        "",
+    ]
     lines += [f"{count} skipped: {reason}" for reason, count in sorted(findings.reasons.items())]
     if any(key[1] == "triton" for key in findings.tallies) and not torch.cuda.is_available():
-        lines.append(f"triton ran in its interpreter, on at most {INTERPRETED} cases a dtype unless --all was given")
-    return lines + [f"FAILED {problem}" for problem in problems]
+        lines.append(
+            f"triton ran in its interpreter, on at most {INTERPRETED} cases a dtype unless --all was given"
+        )
+    return lines + _shortened(problems)
+
+
+def _shortened(problems: list[str]) -> list[str]:
+    """The first few of each op, backend and dtype; one cause usually fails many cases."""
+    lines, seen = [], Counter[str]()
+    for problem in problems:
+        key = " ".join(problem.split()[:3])
+        seen[key] += 1
+        lines += [f"FAILED {problem}"] if seen[key] <= SHOWN else []
+    return lines + [
+        f"... and {n - SHOWN} more of {key} (--json has all)"
+        for key, n in seen.items()
+        if n > SHOWN
+    ]
 
 
 def _records(findings: Findings, problems: list[str]) -> list[dict[str, Any]]:

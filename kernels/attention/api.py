@@ -78,10 +78,10 @@ OP = Op(
     fake=_fake,
     fake_backward=_fake_backward,
     facts={
-        "device": lambda q: q.device.type,
-        "dtype": lambda q: q.dtype,
-        "D": lambda q: q.shape[3],
-        "Dv": lambda v: v.shape[3],
+        "device": "q.device.type",
+        "dtype": "q.dtype",
+        "D": "q.shape[3]",
+        "Dv": "v.shape[3]",
     },
     reference=lambda q, k, v, mask, scale: formula.forward(
         q, k, v, materialize(mask, q.shape[2], k.shape[2], q.device), scale
@@ -166,7 +166,7 @@ def attention(
     else:
         raise ValueError(f"attention: mask is {type(mask).__name__}; it takes a value of fastattn.masks or None")
     q, k, v = autocast(q, k, v)
-    o, lse = OP.op(
+    o, lse = OP.call(
         unit_stride(q),
         unit_stride(k),
         unit_stride(v),

@@ -37,8 +37,9 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
-constexpr int kKeys = 128;   // keys in a block
-constexpr int kRun = 16;     // keys that share their visible lanes
+constexpr int kKeys = 128;      // keys in a block; long backward passes take twice as many (BackwardOf)
+constexpr int kMaxKeys = 256;
+constexpr int kRun = 16;        // keys that share their visible lanes
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 template <class T>
@@ -66,7 +67,7 @@ struct Run {
 
 struct Runs {
   int count = 0;
-  Run run[kKeys / kRun];
+  Run run[kMaxKeys / kRun];
   const Run* begin() const { return run; }
   const Run* end() const { return run + count; }
 };
@@ -245,7 +246,7 @@ template <class Mul>
 void exponentiate(float* s, const float* m, float* l, const Run& run) {
   for (int v = run.v0; v < run.v1; ++v) {
     const vf top = load(m + v * W);
-    vf total = load(l + v * W);
+    vf total{};
     float* from = s + run.j0 * kTile + v * W;
     if constexpr (Mul::kPack == 1) {
       for (int j = 0; j < run.keys(); ++j, from += kTile) {
@@ -265,7 +266,7 @@ void exponentiate(float* s, const float* m, float* l, const Run& run) {
       }
     }
 #endif
-    store(l + v * W, total);
+    store(l + v * W, load(l + v * W) + total);
   }
 }
 
@@ -339,10 +340,12 @@ struct Forward {
                       run.vecs());
   }
 
-  // The maximum rose from tile.m to m: shrink what was summed.  Leaves in m a number that is safe to subtract.
+  // The maximum rose from tile.m to m: shrink what was summed, where it rose by more than 2^8; a smaller rise only
+  // makes weights larger than 1, which costs no precision.  Leaves in m a number that is safe to subtract.
   void rescale(const Tile& tile, float* m) {
     for (int v = 0; v < kVecs; ++v) {
-      const vf before = load(tile.m + v * W), now = load(m + v * W);
+      const vf before = load(tile.m + v * W), top = load(m + v * W);
+      const vf now = select(before + 8.0f < top, top, before);
       store(tile.m + v * W, now);
       const vf safe = select(now == -kInf, vf{}, now);  // a lane that has seen no key yet
       store(m + v * W, safe);
@@ -468,13 +471,13 @@ struct Backward {
   View<const float, 3> lse;
   const M& mask;
   Scale score;
-  int64_t Hk, group, Nq, Nk, D, Dv, blocks, heads, heads_at_once;
+  int64_t Hk, group, Nq, Nk, D, Dv, block, blocks, heads, heads_at_once;
   std::optional<View<const float, 3>> dlse;
 
   // The key blocks that a tile of queries sees: they add to its dQ in this order.
   Range blocks_of(int64_t i0, int64_t i1) const {
     const Range keys = mask.keys(i0, i1);
-    return keys.empty() ? Range{0, 0} : Range{keys.begin / kKeys, (keys.end + kKeys - 1) / kKeys};
+    return keys.empty() ? Range{0, 0} : Range{keys.begin / block, (keys.end + block - 1) / block};
   }
 
   struct Block {  // what one block of keys keeps while the queries go by
@@ -493,21 +496,21 @@ struct Backward {
     const int64_t b = head_index / Hk, hk = head_index % Hk;
     const int64_t wide = up(D, W), wide_v = up(Dv, W);
     Carver carver{static_cast<float*>(scratch(
-        4 * (3 * kKeys * (wide + wide_v) + 2 * kTile * (wide + wide_v) + (kKeys * 4 + 4) * kTile + 16 * 32)))};
+        4 * (3 * block * (wide + wide_v) + 2 * kTile * (wide + wide_v) + (block * 4 + 4) * kTile + 16 * 32)))};
     Block x;
-    x.index = index, x.j0 = index * kKeys, x.j1 = std::min(x.j0 + kKeys, Nk);
+    x.index = index, x.j0 = index * block, x.j1 = std::min(x.j0 + block, Nk);
     const Strided<const T> ks = head(k, b, hk), vs = head(v, b, hk);
-    x.k = along_columns<Mul>(carver.take(kKeys * wide), ks, x.j0, x.j1, D);
-    x.v = along_columns<Mul>(carver.take(kKeys * wide_v), vs, x.j0, x.j1, Dv);
-    x.kt = across_rows<Mul>(carver.take(kKeys * wide), ks, x.j0, x.j1, D);
-    x.dk = carver.take(kKeys * wide), x.dv = carver.take(kKeys * wide_v);
+    x.k = along_columns<Mul>(carver.take(block * wide), ks, x.j0, x.j1, D);
+    x.v = along_columns<Mul>(carver.take(block * wide_v), vs, x.j0, x.j1, Dv);
+    x.kt = across_rows<Mul>(carver.take(block * wide), ks, x.j0, x.j1, D);
+    x.dk = carver.take(block * wide), x.dv = carver.take(block * wide_v);
     x.qt = carver.take(wide * kTile), x.dot = carver.take(wide_v * kTile);
     x.qr = carver.take(wide * kTile), x.dor = carver.take(wide_v * kTile);
-    x.p = carver.take(kKeys * kTile), x.db = carver.take(kKeys * kTile);
-    x.pa = reinterpret_cast<T*>(carver.take(kKeys * kTile)), x.da = reinterpret_cast<T*>(carver.take(kKeys * kTile));
+    x.p = carver.take(block * kTile), x.db = carver.take(block * kTile);
+    x.pa = reinterpret_cast<T*>(carver.take(block * kTile)), x.da = reinterpret_cast<T*>(carver.take(block * kTile));
     x.lse = carver.take(kTile), x.lse_low = carver.take(kTile), x.delta = carver.take(kTile), x.dlse = carver.take(kTile);
-    std::fill_n(x.dk, kKeys * wide, 0.0f);
-    std::fill_n(x.dv, kKeys * wide_v, 0.0f);
+    std::fill_n(x.dk, block * wide, 0.0f);
+    std::fill_n(x.dv, block * wide_v, 0.0f);
 
     const Range seen = mask.queries(x.j0, x.j1);
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h)
@@ -582,8 +585,8 @@ struct Backward {
   }
 };
 
-// Before the keys: delta_i = do_i . o_i, nobody's turn yet, and dq = 0 where no key is seen.  delta is summed in
-// the order in which dP is, column after column: where one key takes all the weight the two cancel exactly.
+// Before the keys: delta_i = do_i . o_i, nobody's turn yet, and dq = 0 where no key is seen.  dS is P times a small
+// difference of dP and delta, so delta is summed with its rounding errors carried along (Dekker, Knuth).
 template <class T, class M>
 struct Prepare {
   const Backward<T, M>& f;
@@ -599,9 +602,14 @@ struct Prepare {
     pack_lanes<Fma>(a, head(f.dout, b, h), i0, i1, f.Dv);
     pack_lanes<Fma>(c, head(o, b, h), i0, i1, f.Dv);
     for (int64_t v = 0; i0 + v * W < i1; ++v) {
-      vf total{};
-      for (int64_t d = 0; d < f.Dv; ++d)
-        total = Fma::mac(total, load(a + d * kTile + v * W), load(c + d * kTile + v * W));
+      vf total{}, low{};
+      for (int64_t d = 0; d < f.Dv; ++d) {
+        const vf x = load(a + d * kTile + v * W), y = load(c + d * kTile + v * W);
+        const vf product = settled(x * y), next = total + product, part = next - total;
+        low += (x * y - product) + ((total - (next - part)) + (product - part));
+        total = next;
+      }
+      total += low;
       float* const to = &f.delta(b, h, i0 + v * W);
       const int64_t left = i1 - i0 - v * W;
       left >= W ? store(to, total) : store(to, total, left);
@@ -621,10 +629,11 @@ struct BackwardOf {
   template <class T>
   void operator()(Type<T>) const {
     const int64_t Hq = q.shape[1], Hk = k.shape[1], Nq = q.shape[2], Nk = k.shape[2], tiles = up(Nq, kTile) / kTile;
+    const int64_t block = Nk < 1024 ? kKeys : kMaxKeys;  // longer amortises a tile's packing, shorter feeds more threads
     Backward<T, M> f{View<T, 4>(dq), View<T, 4>(dk), View<T, 4>(dv), View<float, 3>(delta), View<float, 4>(dq_tiles),
                      View<int32_t, 3>(turns), View<const T, 4>(q), View<const T, 4>(k), View<const T, 4>(v),
                      View<const T, 4>(dout), View<const float, 3>(lse), mask, Scale{scale}, Hk,
-                     Hq / std::max<int64_t>(Hk, 1), Nq, Nk, q.shape[3], v.shape[3], up(Nk, kKeys) / kKeys,
+                     Hq / std::max<int64_t>(Hk, 1), Nq, Nk, q.shape[3], v.shape[3], block, up(Nk, block) / block,
                      q.shape[0] * Hk, 2 * num_threads(), {}};
     if (dlse) f.dlse.emplace(*dlse);
     Prepare<T, M> prepare{f, View<const T, 4>(o), Hq, tiles};

@@ -13,7 +13,7 @@ from fastattn.kernels.common import triton_scores as scores
 from fastattn.kernels.common import triton_softmax as softmax
 from fastattn.kernels.common.triton_dtypes import dot, narrow
 
-RUNTIME = ("Hq", "group", "Nq", "Nk")  # sizes that must not compile a kernel each
+RUNTIME = ("Hq", "Nq", "Nk")  # sizes that must not compile a kernel each
 
 
 class Tile(NamedTuple):
@@ -39,11 +39,10 @@ def attention_fwd(
     i0 = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BM
     h = tl.program_id(0) // num_tiles % Hq
     b = tl.program_id(0) // num_tiles // Hq
-    k = rows.head(k, b, h // group)
-    v = rows.head(v, b, h // group)
+    hk = h // group
 
     # Load the queries, once.
-    q_tile = rows.load(rows.head(q, b, h), i0, Nq, BM, D, BD, True)  # [BM, BD]
+    q_tile = rows.load(q, b, h, i0, Nq, BM, D, BD, True)  # [BM, BD]
     q_tile = scores.orient(score, q_tile)
     m = tl.full([BM], float("-inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
@@ -53,35 +52,36 @@ def attention_fwd(
     i1 = tl.minimum(i0 + BM, Nq)
     walk = masks.walk(masks.keys(mask, i0, i1, Nq, Nk), masks.keys_all(mask, i0, i1, Nq, Nk), BN)
     for j0 in tl.range(walk.full_begin, walk.full_end, BN):
-        acc, m, l = _absorb(acc, m, l, q_tile, k, v, mask, score, i0, j0, Nk, D, DV, BD, BDV, BM, BN, False)
+        acc, m, l = _absorb(acc, m, l, q_tile, k, v, b, hk, mask, score, i0, j0, Nk, D, DV, BD, BDV, BM, BN, False)
     for t in tl.range(0, walk.num_partial):
         j0 = masks.partial(walk, t, BN)
-        acc, m, l = _absorb(acc, m, l, q_tile, k, v, mask, score, i0, j0, Nk, D, DV, BD, BDV, BM, BN, True)
+        acc, m, l = _absorb(acc, m, l, q_tile, k, v, b, hk, mask, score, i0, j0, Nk, D, DV, BD, BDV, BM, BN, True)
 
     # Divide and write.
-    o_tile, lse_tile = softmax.finish(acc, m, l)
-    rows.store(rows.head(o, b, h), i0, o_tile, Nq, BM, DV, BDV)
-    rows.store_scalars(rows.head(lse, b, h), i0, lse_tile, Nq, BM)
+    o_tile, lse_tile = softmax.finish(acc, m, l, q.p.dtype.element_ty != tl.float32)
+    rows.store(o, b, h, i0, o_tile, Nq, BM, DV, BDV)
+    rows.store_scalars(lse, b, h, i0, lse_tile, Nq, BM)
 
 
 @triton.jit
 def _absorb(
-    acc, m, l, q, k, v, mask, score, i0, j0, Nk,
+    acc, m, l, q, k, v, b, hk, mask, score, i0, j0, Nk,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Take the keys j0 .. j0 + BN into the running softmax of the queries i0 .. i0 + BM."""
     i = i0 + tl.arange(0, BM)[:, None]
     j = j0 + tl.arange(0, BN)[None, :]
-    unit = tl.abs(scores.unit(score))
-    k_tile = rows.load(k, j0, Nk, BN, D, BD, PARTIAL)  # [BN, BD]
-    v_tile = rows.load(v, j0, Nk, BN, DV, BDV, PARTIAL)  # [BN, BDV]
+    NARROW: tl.constexpr = q.dtype != tl.float32
+    factor = tl.abs(scores.factor(score)) * softmax.unit(NARROW)
+    k_tile = rows.load(k, b, hk, j0, Nk, BN, D, BD, PARTIAL)  # [BN, BD]
+    v_tile = rows.load(v, b, hk, j0, Nk, BN, DV, BDV, PARTIAL)  # [BN, BDV]
     s = dot(q, tl.trans(k_tile), tl.zeros([BM, BN], tl.float32))  # [BM, BN]
     x = scores.logits(score, s, i, j)
     if PARTIAL:
-        x = tl.where(masks.visible(mask, i, j) & (j < Nk), x * unit, float("-inf"))
-        unit = 1.0
-    p, rescale, m, l = softmax.absorb(x, unit, m, l, PARTIAL)
+        x = tl.where(masks.visible(mask, i, j) & (j < Nk), x * factor, float("-inf"))
+        factor = 1.0
+    p, rescale, m, l = softmax.absorb(x, factor, m, l, NARROW, PARTIAL)
     acc = dot(narrow(p, v_tile.dtype), v_tile, acc * rescale[:, None])  # [BM, BDV]
     return acc, m, l
 
@@ -92,62 +92,91 @@ def _absorb(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def attention_dq(
-    dq, delta, do, dlse, q, k, v, o, lse, mask, score, Hq, group, Nq, Nk,
+    dq, shift, delta, do, dlse, q, k, v, o, lse, mask, score, Hq, group, Nq, Nk,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    NARROW: tl.constexpr = q.p.dtype.element_ty != tl.float32
     num_tiles = tl.cdiv(Nq, BM)
     i0 = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BM
     h = tl.program_id(0) // num_tiles % Hq
     b = tl.program_id(0) // num_tiles // Hq
-    k = rows.head(k, b, h // group)
-    v = rows.head(v, b, h // group)
-
-    # delta_i = do_i . o_i - dlse_i, kept for the pass over keys.
-    o_tile = rows.load(rows.head(o, b, h), i0, Nq, BM, DV, BDV, True)  # [BM, BDV]
-    do_tile = rows.load(rows.head(do, b, h), i0, Nq, BM, DV, BDV, True)  # [BM, BDV]
-    delta_tile = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [BM]
-    if dlse is not None:
-        delta_tile -= rows.load_scalars(rows.head(dlse, b, h), i0, Nq, BM).to(tl.float32)
-    rows.store_scalars(rows.head(delta, b, h), i0, delta_tile, Nq, BM)
-    q_tile = rows.load(rows.head(q, b, h), i0, Nq, BM, D, BD, True)  # [BM, BD]
-    lse_tile = rows.load_scalars(rows.head(lse, b, h), i0, Nq, BM)  # [BM]
-    acc = tl.zeros([BM, BD], tl.float32)
-
+    hk = h // group
+    q_tile = rows.load(q, b, h, i0, Nq, BM, D, BD, True)  # [BM, BD]
+    do_tile = rows.load(do, b, h, i0, Nq, BM, DV, BDV, True)  # [BM, BDV]
+    lse_tile = rows.load_scalars(lse, b, h, i0, Nq, BM)  # [BM]
+    shift_tile = softmax.shift(lse_tile, NARROW)
     i1 = tl.minimum(i0 + BM, Nq)
-    walk = masks.walk(masks.keys(mask, i0, i1, Nq, Nk), masks.keys_all(mask, i0, i1, Nq, Nk), BN)
+    some = masks.keys(mask, i0, i1, Nq, Nk)
+    walk = masks.walk(some, masks.keys_all(mask, i0, i1, Nq, Nk), BN)
+
+    # delta_i = do_i . o_i - dlse_i, kept with the shift for the pass over keys.
+    o_tile = rows.load(o, b, h, i0, Nq, BM, DV, BDV, True)  # [BM, BDV]
+    delta_tile = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [BM]
+    if not NARROW:
+        # In float32 the roundings of o would show: correct delta until sum_j p_ij (dp_ij - delta_i) = 0.
+        excess = tl.zeros([BM], tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        for j0 in tl.range(some[0] // BN * BN, some[1], BN):
+            k_tile, s, p, dp = _weights(q_tile, do_tile, shift_tile, k, v, b, hk, mask, score, i0, j0, Nk,
+                                        D, DV, BD, BDV, BM, BN, True)  # fmt: skip
+            excess += tl.sum(p * (dp - delta_tile[:, None]), 1)
+            total += tl.sum(p, 1)
+        delta_tile += excess / tl.where(total == 0.0, 1.0, total)
+    if dlse is not None:
+        delta_tile -= rows.load_scalars(dlse, b, h, i0, Nq, BM)
+    rows.store_scalars(delta, b, h, i0, delta_tile, Nq, BM)
+    rows.store_scalars(shift, b, h, i0, shift_tile, Nq, BM)
+
+    acc = tl.zeros([BM, BD], tl.float32)
     for j0 in tl.range(walk.full_begin, walk.full_end, BN):
-        acc = _add_dq(acc, q_tile, do_tile, lse_tile, delta_tile, k, v, mask, score, i0, j0, Nk,
+        acc = _add_dq(acc, q_tile, do_tile, shift_tile, delta_tile, k, v, b, hk, mask, score, i0, j0, Nk,
                       D, DV, BD, BDV, BM, BN, False)  # fmt: skip
     for t in tl.range(0, walk.num_partial):
         j0 = masks.partial(walk, t, BN)
-        acc = _add_dq(acc, q_tile, do_tile, lse_tile, delta_tile, k, v, mask, score, i0, j0, Nk,
+        acc = _add_dq(acc, q_tile, do_tile, shift_tile, delta_tile, k, v, b, hk, mask, score, i0, j0, Nk,
                       D, DV, BD, BDV, BM, BN, True)  # fmt: skip
-    rows.store(rows.head(dq, b, h), i0, acc * scores.scale(score), Nq, BM, D, BD)
+    rows.store(dq, b, h, i0, acc * scores.scale(score), Nq, BM, D, BD)
+
+
+@triton.jit
+def _weights(
+    q, do, shift, k, v, b, hk, mask, score, i0, j0, Nk,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):  # fmt: skip
+    """The keys j0 .. j0 + BN, and for the queries i0 .. i0 + BM their products, weights p and gradients dp."""
+    i = i0 + tl.arange(0, BM)[:, None]
+    j = j0 + tl.arange(0, BN)[None, :]
+    NARROW: tl.constexpr = q.dtype != tl.float32
+    factor = scores.factor(score) * softmax.unit(NARROW)
+    k_tile = rows.load(k, b, hk, j0, Nk, BN, D, BD, PARTIAL)  # [BN, BD]
+    v_tile = rows.load(v, b, hk, j0, Nk, BN, DV, BDV, PARTIAL)  # [BN, BDV]
+    s = dot(q, tl.trans(k_tile), tl.zeros([BM, BN], tl.float32))  # [BM, BN]
+    p = softmax.weights(scores.logits(score, s, i, j), factor, shift[:, None], NARROW)  # [BM, BN]
+    if PARTIAL:
+        p = tl.where(masks.visible(mask, i, j) & (j < Nk), p, 0.0)
+    dp = dot(do, tl.trans(v_tile), tl.zeros([BM, BN], tl.float32))  # [BM, BN]
+    return k_tile, s, p, dp
 
 
 @triton.jit
 def _add_dq(
-    acc, q, do, lse, delta, k, v, mask, score, i0, j0, Nk,
+    acc, q, do, shift, delta, k, v, b, hk, mask, score, i0, j0, Nk,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys j0 .. j0 + BN give to dq of the queries i0 .. i0 + BM."""
     i = i0 + tl.arange(0, BM)[:, None]
     j = j0 + tl.arange(0, BN)[None, :]
-    k_tile = rows.load(k, j0, Nk, BN, D, BD, PARTIAL)  # [BN, BD]
-    v_tile = rows.load(v, j0, Nk, BN, DV, BDV, PARTIAL)  # [BN, BDV]
-    s = dot(q, tl.trans(k_tile), tl.zeros([BM, BN], tl.float32))  # [BM, BN]
-    p = softmax.weights(scores.logits(score, s, i, j), scores.scale(score), lse[:, None], q.dtype == tl.float32)  # [BM, BN]
-    if PARTIAL:
-        p = tl.where(masks.visible(mask, i, j) & (j < Nk), p, 0.0)
-    dp = dot(do, tl.trans(v_tile), tl.zeros([BM, BN], tl.float32))  # [BM, BN]
+    k_tile, s, p, dp = _weights(q, do, shift, k, v, b, hk, mask, score, i0, j0, Nk,
+                                D, DV, BD, BDV, BM, BN, PARTIAL)  # fmt: skip
     ds = scores.logits_grad(score, p * (dp - delta[:, None]), s, i, j)
     return dot(narrow(ds, k_tile.dtype), k_tile, acc)  # [BM, BD]
 
 
 @triton.jit(do_not_specialize=(*RUNTIME, "Hk"))
 def attention_dkdv(
-    dk, dv, do, delta, q, k, v, lse, mask, score, Hk, group, Nq, Nk,
+    dk, dv, do, shift, delta, q, k, v, mask, score, Hk, group, Nq, Nk,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     # The first keys are seen by most queries under a causal mask: they start first.
@@ -155,51 +184,50 @@ def attention_dkdv(
     j0 = tl.program_id(0) % num_tiles * BN
     hk = tl.program_id(0) // num_tiles % Hk
     b = tl.program_id(0) // num_tiles // Hk
-    k_tile = rows.load(rows.head(k, b, hk), j0, Nk, BN, D, BD, True)  # [BN, BD]
-    v_tile = rows.load(rows.head(v, b, hk), j0, Nk, BN, DV, BDV, True)  # [BN, BDV]
+    k_tile = rows.load(k, b, hk, j0, Nk, BN, D, BD, True)  # [BN, BD]
+    v_tile = rows.load(v, b, hk, j0, Nk, BN, DV, BDV, True)  # [BN, BDV]
     dk_acc = tl.zeros([BN, BD], tl.float32)
     dv_acc = tl.zeros([BN, BDV], tl.float32)
 
     # Walk the queries of every head that reads these keys, always in the same order: no atomics.
     j1 = tl.minimum(j0 + BN, Nk)
     walk = masks.walk(masks.queries(mask, j0, j1, Nq, Nk), masks.queries_all(mask, j0, j1, Nq, Nk), BM)
-    for h in tl.range(hk * group, hk * group + group):
-        q_head = rows.head(q, b, h)
-        do_head = rows.head(do, b, h)
-        lse_head = rows.head(lse, b, h)
-        delta_head = rows.head(delta, b, h)
+    for g in tl.range(0, group):
+        h = hk * group + g
         for i0 in tl.range(walk.full_begin, walk.full_end, BM):
             dk_acc, dv_acc = _add_dkdv(
-                dk_acc, dv_acc, k_tile, v_tile, q_head, do_head, lse_head, delta_head, mask, score, i0, j0, Nq,
+                dk_acc, dv_acc, k_tile, v_tile, q, do, shift, delta, b, h, mask, score, i0, j0, Nq,
                 D, DV, BD, BDV, BM, BN, False)  # fmt: skip
         for t in tl.range(0, walk.num_partial):
             i0 = masks.partial(walk, t, BM)
             dk_acc, dv_acc = _add_dkdv(
-                dk_acc, dv_acc, k_tile, v_tile, q_head, do_head, lse_head, delta_head, mask, score, i0, j0, Nq,
+                dk_acc, dv_acc, k_tile, v_tile, q, do, shift, delta, b, h, mask, score, i0, j0, Nq,
                 D, DV, BD, BDV, BM, BN, True)  # fmt: skip
-    rows.store(rows.head(dk, b, hk), j0, dk_acc * scores.scale(score), Nk, BN, D, BD)
-    rows.store(rows.head(dv, b, hk), j0, dv_acc, Nk, BN, DV, BDV)
+    rows.store(dk, b, hk, j0, dk_acc * scores.scale(score), Nk, BN, D, BD)
+    rows.store(dv, b, hk, j0, dv_acc, Nk, BN, DV, BDV)
 
 
 @triton.jit
 def _add_dkdv(
-    dk, dv, k, v, q, do, lse, delta, mask, score, i0, j0, Nq,
+    dk, dv, k, v, q, do, shift, delta, b, h, mask, score, i0, j0, Nq,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries i0 .. i0 + BM of one head give to dk and dv of the keys j0 .. j0 + BN.
 
     Everything is transposed, keys x queries, so that p and ds are ready as left factors.  Queries past Nq add
-    nothing: their do, delta and lse are loaded as zero.
+    nothing: their do, delta and shift are loaded as zero.
     """
     i = i0 + tl.arange(0, BM)[None, :]
     j = j0 + tl.arange(0, BN)[:, None]
-    q_tile = rows.load(q, i0, Nq, BM, D, BD, PARTIAL)  # [BM, BD]
-    do_tile = rows.load(do, i0, Nq, BM, DV, BDV, PARTIAL)  # [BM, BDV]
-    lse_tile = rows.load_scalars(lse, i0, Nq, BM)  # [BM]
-    delta_tile = rows.load_scalars(delta, i0, Nq, BM)  # [BM]
+    NARROW: tl.constexpr = k.dtype != tl.float32
+    factor = scores.factor(score) * softmax.unit(NARROW)
+    q_tile = rows.load(q, b, h, i0, Nq, BM, D, BD, PARTIAL)  # [BM, BD]
+    do_tile = rows.load(do, b, h, i0, Nq, BM, DV, BDV, PARTIAL)  # [BM, BDV]
+    shift_tile = rows.load_scalars(shift, b, h, i0, Nq, BM)  # [BM]
+    delta_tile = rows.load_scalars(delta, b, h, i0, Nq, BM)  # [BM]
     s = dot(k, tl.trans(q_tile), tl.zeros([BN, BM], tl.float32))  # [BN, BM]
-    p = softmax.weights(scores.logits(score, s, i, j), scores.scale(score), lse_tile[None, :], k.dtype == tl.float32)  # [BN, BM]
+    p = softmax.weights(scores.logits(score, s, i, j), factor, shift_tile[None, :], NARROW)  # [BN, BM]
     if PARTIAL:
         p = tl.where(masks.visible(mask, i, j), p, 0.0)
     dv = dot(narrow(p, do_tile.dtype), do_tile, dv)  # [BN, BDV]
@@ -235,18 +263,18 @@ def backward(dq, dk, dv, do, dlse, q, k, v, o, lse, mask, scale):
     _, Hk, Nk, DV = v.shape
     sizes = (D, DV, launch.block(D), launch.block(DV))
     what = (masks.encode(mask, Nq, Nk), scores.encode(scale))
-    delta = torch.empty((B, Hq, Nq), dtype=torch.float32, device=q.device)
+    shift, delta = torch.empty((2, B, Hq, Nq), dtype=torch.float32, device=q.device)
     dlse = dlse if dlse is None else rows.rows(dlse)
     with launch.on(q):
         if B * Hq * Nq:
             t = tile("dq", q, v)
             attention_dq[(B * Hq * triton.cdiv(Nq, t.BM),)](
-                *map(rows.rows, (dq, delta, do)), dlse, *map(rows.rows, (q, k, v, o, lse)),
+                *map(rows.rows, (dq, shift, delta, do)), dlse, *map(rows.rows, (q, k, v, o, lse)),
                 *what, Hq, Hq // Hk, Nq, Nk, *sizes, **t._asdict(), enable_fp_fusion=True,
             )  # fmt: skip
         if B * Hk * Nk:
             t = tile("dkdv", q, v)
             attention_dkdv[(B * Hk * triton.cdiv(Nk, t.BN),)](
-                *map(rows.rows, (dk, dv, do, delta, q, k, v, lse)),
+                *map(rows.rows, (dk, dv, do, shift, delta, q, k, v)),
                 *what, Hk, Hq // Hk, Nq, Nk, *sizes, **t._asdict(), enable_fp_fusion=True,
             )  # fmt: skip

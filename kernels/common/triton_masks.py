@@ -52,7 +52,12 @@ def encode(code, Nq, Nk):
 
 @triton.jit
 def visible(mask, i, j):
-    return (j - i >= mask.lo) & (j - i <= mask.hi)
+    """Of i and j, one is a column [n, 1] and one a row [1, n]; the column does the arithmetic, being cheaper to hold."""
+    if i.shape[1] == 1:
+        seen = (j >= i + mask.lo) & (j <= i + mask.hi)
+    else:
+        seen = (i <= j - mask.lo) & (i >= j - mask.hi)
+    return seen
 
 
 @triton.jit

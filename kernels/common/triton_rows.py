@@ -1,7 +1,8 @@
 """Where the rows of a tensor [B, H, N, D] live, and tiles of them.
 
-Kernels carry a tensor as ``Rows``: a pointer and its strides, in elements.  They ask for a head, then for tiles of
-consecutive rows.  Offsets of rows are 64-bit: a tensor may pass 2^31 elements, and any stride is allowed.
+Kernels carry a tensor as ``Rows``, a pointer and its strides in elements, and ask for tiles of consecutive rows of
+one head.  Places of tiles are 64-bit, since a tensor may pass 2^31 elements; places inside a tile are 32-bit
+wherever the strides allow it, which on a GPU saves a register a load.
 """
 
 from typing import Any, NamedTuple
@@ -20,60 +21,62 @@ class Rows(NamedTuple):
     stride_h: Any
     stride_n: Any
     stride_d: Any
+    is_wide: Any  # constexpr: places inside a head pass 2^31
 
 
 def rows(t):
     """A tensor [B, H, N, D], or [B, H, N] of one number a row."""
-    return Rows(t, *t.stride()) if t.dim() == 4 else Rows(t, *t.stride(), 0)
+    strides = t.stride() if t.dim() == 4 else (*t.stride(), 0)
+    reach = (t.shape[2] + 256) * strides[2] + 256 * strides[3]  # tiles overhang by less than 256
+    return Rows(t, *strides, tl.constexpr(reach >= 1 << 31))
 
 
 @triton.jit
-def head(t, b, h):
-    p = t.p + tl.cast(b, tl.int64) * t.stride_b + tl.cast(h, tl.int64) * t.stride_h
-    return Rows(p, t.stride_b, t.stride_h, t.stride_n, t.stride_d)
+def _place(t, b, h, i, d):
+    """Addresses of rows i [NUM, 1] and columns d [1, BLOCK] of one head."""
+    p_head = t.p + tl.cast(b, tl.int64) * t.stride_b + tl.cast(h, tl.int64) * t.stride_h
+    if t.is_wide:
+        p_tile = p_head + (i.to(tl.int64) * t.stride_n + d.to(tl.int64) * t.stride_d)
+    else:
+        p_tile = p_head + (i * t.stride_n + d * t.stride_d)
+    return p_tile
 
 
 @triton.jit
-def _place(t, i0, N, NUM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Addresses [NUM, BLOCK], and which rows [NUM, 1] and columns [1, BLOCK] exist."""
-    i = tl.arange(0, NUM)[:, None]
-    d = tl.arange(0, BLOCK)[None, :]
-    # The tile's offsets do not depend on i0: loops keep them and move one scalar.
-    p_tile = t.p + tl.cast(i0, tl.int64) * t.stride_n + (i.to(tl.int64) * t.stride_n + d.to(tl.int64) * t.stride_d)
-    return p_tile, i0 + i < N, d < WIDTH
-
-
-@triton.jit
-def load(t, i0, N, NUM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+def load(t, b, h, i0, N, NUM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr):
     """Rows i0 .. i0 + NUM as a tile [NUM, BLOCK], zero past column WIDTH and, if CHECK, past row N."""
-    p_tile, m_row, m_column = _place(t, i0, N, NUM, WIDTH, BLOCK)
+    i = i0 + tl.arange(0, NUM)[:, None]
+    d = tl.arange(0, BLOCK)[None, :]
+    p_tile = _place(t, b, h, i, d)
     if CHECK:
         if WIDTH == BLOCK:
-            tile = tl.load(p_tile, mask=m_row, other=0.0)
+            tile = tl.load(p_tile, mask=i < N, other=0.0)
         else:
-            tile = tl.load(p_tile, mask=m_row & m_column, other=0.0)
+            tile = tl.load(p_tile, mask=(i < N) & (d < WIDTH), other=0.0)
     else:
         if WIDTH == BLOCK:
             tile = tl.load(p_tile)
         else:
-            tile = tl.load(p_tile, mask=m_column, other=0.0)
+            tile = tl.load(p_tile, mask=d < WIDTH, other=0.0)
     return tile
 
 
 @triton.jit
-def store(t, i0, tile, N, NUM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    p_tile, m_row, m_column = _place(t, i0, N, NUM, WIDTH, BLOCK)
-    tl.store(p_tile, narrow(tile, t.p.dtype.element_ty), mask=m_row & m_column)
+def store(t, b, h, i0, tile, N, NUM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    i = i0 + tl.arange(0, NUM)[:, None]
+    d = tl.arange(0, BLOCK)[None, :]
+    m_tile = (i < N) & (d < WIDTH)
+    tl.store(_place(t, b, h, i, d), narrow(tile, t.p.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
-def load_scalars(t, i0, N, NUM: tl.constexpr):
+def load_scalars(t, b, h, i0, N, NUM: tl.constexpr):
     """One number a row [NUM] of a tensor [B, H, N]; zero past row N."""
     i = i0 + tl.arange(0, NUM)
-    return tl.load(t.p + i.to(tl.int64) * t.stride_n, mask=i < N, other=0.0)
+    return tl.load(_place(t, b, h, i, tl.zeros_like(i)), mask=i < N, other=0.0)
 
 
 @triton.jit
-def store_scalars(t, i0, x, N, NUM: tl.constexpr):
+def store_scalars(t, b, h, i0, x, N, NUM: tl.constexpr):
     i = i0 + tl.arange(0, NUM)
-    tl.store(t.p + i.to(tl.int64) * t.stride_n, x, mask=i < N)
+    tl.store(_place(t, b, h, i, tl.zeros_like(i)), x, mask=i < N)

@@ -1,40 +1,58 @@
-"""The online softmax, in base 2.  What happens to a row that sees nothing is decided here, once.
+"""The online softmax.  What happens to a row that sees nothing is decided here, once.
 
-A row holds  m, the largest logit so far (-inf: none yet),  l = sum of 2^(x - m)  and the sum of weighted values.
+A row holds  m, the largest logit so far (-inf: none yet),  l = sum of exp(x - m)  and the sum of weighted values.
 Such a row ends with l = 0 and m = -inf:  o = 0,  lse = -inf,  and weights of zero in the backward pass.
+
+Logits are in units of ``unit(NARROW)``: base 2 beside 16-bit tensors, which saves a multiplication an element.
+Float32 tensors (not NARROW) stay in base e: the roundings of lse to base 2 and back would double the error of
+the backward pass, which forms its weights from it.
 """
 
 import triton
 import triton.language as tl
 
-from fastattn.kernels.common.triton_scores import LN2, LOG2E
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def absorb(x, unit, m, l, PARTIAL: tl.constexpr):
-    """Take in logits unit * x [BM, BN], unit >= 0: weights p, rescaling of what was summed, and new m, l."""
-    m_new = tl.maximum(m, tl.max(x, 1) * unit)  # [BM]
+def unit(NARROW: tl.constexpr):
+    """What a natural logit is multiplied by."""
+    return LOG2E if NARROW else 1.0
+
+
+@triton.jit
+def _exp(x, NARROW: tl.constexpr):
+    return tl.exp2(x) if NARROW else tl.exp(x)
+
+
+@triton.jit
+def absorb(x, factor, m, l, NARROW: tl.constexpr, PARTIAL: tl.constexpr):
+    """Take in logits factor * x [BM, BN], factor >= 0: weights p, rescaling of what was summed, and new m, l."""
+    m_new = tl.maximum(m, tl.max(x, 1) * factor)  # [BM]
     origin = m_new
     if PARTIAL:  # all of the row may be masked so far; subtract a finite number then
         origin = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(x * unit - origin[:, None])  # [BM, BN]
-    rescale = tl.exp2(m - origin)  # [BM]
+    p = _exp(x * factor - origin[:, None], NARROW)  # [BM, BN]
+    rescale = _exp(m - origin, NARROW)  # [BM]
     return p, rescale, m_new, l * rescale + tl.sum(p, 1)
 
 
 @triton.jit
-def finish(acc, m, l):
+def finish(acc, m, l, NARROW: tl.constexpr):
     """The output [BM, BDV] and the natural log of the softmax denominator [BM]."""
     l = tl.where(l == 0.0, 1.0, l)
-    return acc / l[:, None], m * LN2 + tl.log(l)
+    lse = (m + tl.log2(l)) * LN2 if NARROW else m + tl.log(l)
+    return acc / l[:, None], lse
 
 
 @triton.jit
-def weights(x, scale, lse, PRECISE: tl.constexpr):
-    """p = exp(scale * x - lse), from the logits and their rows' lse; 0 in a row that sees nothing."""
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    if PRECISE:  # float32: round nothing between lse and the subtraction, one multiplication more
-        p = tl.exp(x * scale - lse)
-    else:
-        p = tl.exp2(x * (scale * LOG2E) - lse * LOG2E)
-    return p
+def shift(lse, NARROW: tl.constexpr):
+    """What the backward pass subtracts from logits: lse in their units; +inf in a row that sees nothing."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * unit(NARROW))
+
+
+@triton.jit
+def weights(x, factor, shift, NARROW: tl.constexpr):
+    """p = exp(logit - lse) from the logits factor * x."""
+    return _exp(x * factor - shift, NARROW)

@@ -36,12 +36,16 @@ template <class T>
 FASTATTN_INLINE void put(T* p, vf v, int64_t n) {
   n >= W ? store(p, v) : store(p, v, n);
 }
-template <class T>
-FASTATTN_INLINE vf rounded(vf v) {
-  T stored[W];
-  store(stored, v);
-  return load(stored);
-}
+// A sum along a row, in two levels, so that its error grows with the length of a part and not of the row.
+struct Sum {
+  static constexpr int64_t kPart = 16 * W;  // elements
+  vf total = {}, part = {};
+  FASTATTN_INLINE void begin(int64_t d) {
+    if (d % kPart == 0) total += part, part = vf{};
+  }
+  FASTATTN_INLINE void add(vf v) { part += v; }
+  FASTATTN_INLINE float value() const { return sum(total + part); }
+};
 
 // ---- Forward ---------------------------------------------------------------------------------------
 
@@ -56,41 +60,44 @@ struct Forward {
   int64_t kind;
 
   void operator()(int64_t task) const {
-    float* h = static_cast<float*>(scratch((D + W) * sizeof(float)));
+    float* h = static_cast<float*>(scratch((D + 2 * W) * sizeof(float)));
     const int64_t end = std::min(rows, (task + 1) * rows_per_task);
     for (int64_t i = task * rows_per_task; i < end; ++i) normalise(i, h);
   }
 
   void normalise(int64_t i, float* h) const {
-    // Sum, round, keep.
-    vf total = {}, squares = {};
+    // Add, round, keep.
+    Sum total, squares;
     for (int64_t d = 0; d < D; d += W) {
       const int64_t n = D - d;
+      total.begin(d), squares.begin(d);
       vf v = get(x[i] + d, n);
       if (bias) v += get(bias + d, n);
       if (residual.base) v += get(residual[i] + d, n);
-      v = rounded<T>(v);
-      if (s.base) put(s[i] + d, v, n);
+      if (s.base) {
+        put(s[i] + d, v, n);
+        v = get(s[i] + d, n);
+      }
       store(h + d, v);
-      total += v;
-      squares += v * v;
+      total.add(v), squares.add(v * v);
     }
 
-    // Statistics. The variance is taken about the mean, as the difference of large sums is not one.
+    // Statistics. The variance is summed about the mean: as a difference of two sums it would cancel.
     float centre = 0, power;
     if (kind == kLayer) {
-      centre = sum(total) / D;
-      squares = vf{};
+      centre = total.value() / D;
+      store(h + D, splat(centre));  // what lies past the row adds nothing
+      Sum deviations;
       for (int64_t d = 0; d < D; d += W) {
-        const vi is_real = iota() < splat(static_cast<int>(std::min<int64_t>(D - d, W)));
-        const vf v = select(is_real, load(h + d) - centre, vf{});
-        squares += v * v;
+        deviations.begin(d);
+        const vf v = load(h + d) - centre;
+        deviations.add(v * v);
       }
-      power = sum(squares) / D;
+      power = deviations.value() / D;
     } else if (kind == kRms) {
-      power = sum(squares) / D;
+      power = squares.value() / D;
     } else {
-      power = (sum(squares) + sum(total) * sum(total)) / (D + 1);
+      power = (squares.value() + total.value() * total.value()) / (D + 1);
     }
     const float scale = 1 / std::sqrt(power + eps);
     mean[i] = centre, rstd[i] = scale;
@@ -128,31 +135,31 @@ struct Backward {
     float* sums = partial + block * 3 * D;
     std::fill_n(sums, 3 * D, 0.0f);
     const int64_t end = std::min(rows, (block + 1) * kNormBlock);
-    for (int64_t i = block * kNormBlock; i < end; ++i) differentiate(i, sums, sums + D, sums + 2 * D);
+    for (int64_t i = block * kNormBlock; i < end; ++i)
+      differentiate(i, sums, sums + D, sums + 2 * D);
   }
 
   void differentiate(int64_t i, float* dbias_sum, float* dweight_sum, float* dbeta_sum) const {
     // The two or three sums of the row, and its part of the parameters' gradients.
-    vf g_total = {}, gx_total = {}, x_total = {};
+    Sum g_total, gx_total, x_total;
     for (int64_t d = 0; d < D; d += W) {
       const int64_t n = D - d;
+      g_total.begin(d), gx_total.begin(d), x_total.begin(d);
       const vf dy_v = get(dy[i] + d, n), xhat = (get(s[i] + d, n) - mean[i]) * rstd[i];
       if (dweight) put(dweight_sum + d, get(dweight_sum + d, n) + dy_v * xhat, n);
       if (dbeta) put(dbeta_sum + d, get(dbeta_sum + d, n) + dy_v, n);
       const vf g = weight ? dy_v * get(weight + d, n) : dy_v;
-      g_total += g;
-      gx_total += g * xhat;
-      x_total += xhat;
+      g_total.add(g), gx_total.add(g * xhat), x_total.add(xhat);
     }
-    const float a = kind == kLayer ? sum(g_total) / D : 0;
-    const float x0 = kind == kCrms ? sum(x_total) : 0;
-    const float c = sum(gx_total) / (kind == kCrms ? D + 1 : D);
+    const float a = kind == kLayer ? g_total.value() / D : 0;
+    const float x0 = kind == kCrms ? x_total.value() : 0;
+    const float c = gx_total.value() / (kind == kCrms ? D + 1 : D);
 
     for (int64_t d = 0; d < D; d += W) {
       const int64_t n = D - d;
       const vf dy_v = get(dy[i] + d, n), xhat = (get(s[i] + d, n) - mean[i]) * rstd[i];
       const vf g = weight ? dy_v * get(weight + d, n) : dy_v;
-      vf v = (g - a - (xhat + x0) * c) * rstd[i];
+      vf v = (g - a) * rstd[i] - (xhat + x0) * (c * rstd[i]);
       if (ds.base) v += get(ds[i] + d, n);
       put(dx[i] + d, v, n);
       if (dbias) put(dbias_sum + d, get(dbias_sum + d, n) + v, n);
@@ -204,8 +211,8 @@ float* gradient(const char* what, const Tensor& t, const Maybe& of, int64_t n) {
   return of ? vector<float>(what, t, n) : nullptr;
 }
 void check_kind(const Tensor& s, int64_t kind) {
-  FASTATTN_CHECK(s.ndim == 2, "add_norm: x is ", text(s), "; it takes rows, D");
-  FASTATTN_CHECK(kind >= kLayer && kind <= kCrms, "add_norm: kind is ", kind,
+  FASTATTN_CHECK(s.ndim == 2, "x is ", text(s), "; it takes rows, D");
+  FASTATTN_CHECK(kind >= kLayer && kind <= kCrms, "kind is ", kind,
                  "; it takes 0 (layer), 1 (rms) or 2 (crms)");
 }
 
@@ -219,13 +226,20 @@ struct ForwardCall {
   void operator()(Type<T>) const {
     const int64_t rows = x.shape[0], D = x.shape[1];
     const int64_t rows_per_task = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, D));
-    Forward<T> forward{rows, D, rows_per_task,
+    Forward<T> forward{rows,
+                       D,
+                       rows_per_task,
                        matrix<T>("y", y, x),
                        residual || bias ? matrix<T>("s", s, x) : Strided<T>{},
-                       vector<float>("mean", mean, rows), vector<float>("rstd", rstd, rows),
-                       matrix<const T>("x", x, x), matrix<const T>("residual", residual, x),
-                       vector("bias", bias, D), vector("weight", weight, D), vector("beta", beta, D),
-                       static_cast<float>(eps), kind};
+                       vector<float>("mean", mean, rows),
+                       vector<float>("rstd", rstd, rows),
+                       matrix<const T>("x", x, x),
+                       matrix<const T>("residual", residual, x),
+                       vector("bias", bias, D),
+                       vector("weight", weight, D),
+                       vector("beta", beta, D),
+                       static_cast<float>(eps),
+                       kind};
     parallel_for((rows + rows_per_task - 1) / rows_per_task, forward);
   }
 };
@@ -241,34 +255,43 @@ struct BackwardCall {
   template <class T>
   void operator()(Type<T>) const {
     const int64_t rows = s.shape[0], D = s.shape[1], blocks = (rows + kNormBlock - 1) / kNormBlock;
-    Backward<T> backward{rows, D, matrix<T>("dx", dx, s),
-                         gradient("dbias", dbias, bias, D), gradient("dweight", dweight, weight, D),
+    Backward<T> backward{rows,
+                         D,
+                         matrix<T>("dx", dx, s),
+                         gradient("dbias", dbias, bias, D),
+                         gradient("dweight", dweight, weight, D),
                          gradient("dbeta", dbeta, beta, D),
                          View<float, 3>("partial", partial, {blocks, 3, D}).data,
-                         matrix<const T>("dy", dy, s), matrix<const T>("ds", ds, s),
-                         matrix<const T>("s", s, s), vector("weight", weight, D),
-                         vector("mean", mean, rows), vector("rstd", rstd, rows), kind};
+                         matrix<const T>("dy", dy, s),
+                         matrix<const T>("ds", ds, s),
+                         matrix<const T>("s", s, s),
+                         vector("weight", weight, D),
+                         vector("mean", mean, rows),
+                         vector("rstd", rstd, rows),
+                         kind};
     parallel_for(blocks, backward);
-    SumBlocks reduce{blocks, D, backward.partial, {backward.dbias, backward.dweight, backward.dbeta}};
+    SumBlocks reduce{
+        blocks, D, backward.partial, {backward.dbias, backward.dweight, backward.dbeta}};
     parallel_for((D + SumBlocks::kColumns - 1) / SumBlocks::kColumns, reduce);
   }
 };
 
 }  // namespace
 
-void add_norm_fwd(Tensor y, Tensor s, Tensor mean, Tensor rstd, Tensor x, Maybe residual, Maybe bias,
-                  Maybe weight, Maybe beta, double eps, int64_t kind) {
+void add_norm_fwd(Tensor y, Tensor s, Tensor mean, Tensor rstd, Tensor x, Maybe residual,
+                  Maybe bias, Maybe weight, Maybe beta, double eps, int64_t kind) {
   check_kind(x, kind);
-  dispatch(kNormDtypes, "add_norm: x.dtype", x.dtype,
+  dispatch(kNormDtypes, "x.dtype", x.dtype,
            ForwardCall{y, s, mean, rstd, x, residual, bias, weight, beta, eps, kind});
 }
 
 void add_norm_bwd(Tensor dx, Tensor dbias, Tensor dweight, Tensor dbeta, Tensor partial, Tensor dy,
-                  Maybe ds, Tensor s, Maybe bias, Maybe weight, Maybe beta, Tensor mean, Tensor rstd,
-                  int64_t kind) {
+                  Maybe ds, Tensor s, Maybe bias, Maybe weight, Maybe beta, Tensor mean,
+                  Tensor rstd, double /*eps: it is in rstd*/, int64_t kind) {
   check_kind(s, kind);
-  dispatch(kNormDtypes, "add_norm: s.dtype", s.dtype,
-           BackwardCall{dx, dbias, dweight, dbeta, partial, dy, ds, s, bias, weight, beta, mean, rstd, kind});
+  dispatch(kNormDtypes, "s.dtype", s.dtype,
+           BackwardCall{dx, dbias, dweight, dbeta, partial, dy, ds, s, bias, weight, beta, mean,
+                        rstd, kind});
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

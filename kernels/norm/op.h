@@ -17,12 +17,13 @@ inline constexpr int64_t kNormBlock = 64;  // rows whose parameter gradients are
 
 FASTATTN_DECLARE(add_norm_fwd, Tensor y, Tensor s, Tensor mean, Tensor rstd, Tensor x,
                  std::optional<Tensor> residual, std::optional<Tensor> bias,
-                 std::optional<Tensor> weight, std::optional<Tensor> beta, double eps, int64_t kind);
+                 std::optional<Tensor> weight, std::optional<Tensor> beta, double eps,
+                 int64_t kind);
 
 // Workspace: partial [ceil(rows / kNormBlock), 3, D], the sums of dx, dy * xhat and dy over a block.
 FASTATTN_DECLARE(add_norm_bwd, Tensor dx, Tensor dbias, Tensor dweight, Tensor dbeta,
                  Tensor partial, Tensor dy, std::optional<Tensor> ds, Tensor s,
                  std::optional<Tensor> bias, std::optional<Tensor> weight,
-                 std::optional<Tensor> beta, Tensor mean, Tensor rstd, int64_t kind);
+                 std::optional<Tensor> beta, Tensor mean, Tensor rstd, double eps, int64_t kind);
 
 }  // namespace fastattn

@@ -1,0 +1,347 @@
+"""The contract: every op x backend x dtype x case agrees with the reference within its error budget.
+
+Nothing here names a shape, a dtype or a tolerance: the descriptors do.  The second half proves the proof, with
+backends that are wrong in one way each and must not pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fastattn.masks import Band, Causal, Full, Window, materialize
+from fastattn.op import OPS, Backend, Case, Op
+from fastattn.testing import Failure, prove, prove_reference, why_not
+
+
+@pytest.mark.contract
+def test_forward_and_gradients_match_reference(op, backend, dtype, case):
+    if why := why_not(op, backend, dtype, case):
+        pytest.skip(f"{backend.name}: {why}")
+    prove(op, backend, dtype, case)
+
+
+@pytest.mark.formula
+def test_reference_matches_finite_differences_and_peers(op, backend, case):
+    prove_reference(op, case)
+
+
+# ---- Random points ------------------------------------------------------------------------------------
+
+
+def random_attention(rng: random.Random) -> Case:
+    def mask():
+        width = [None, 0, 1, rng.randrange(80)]
+        kinds = [Full(), Causal(), Causal("top-left"), Window(rng.choice(width), rng.choice(width))]
+        return rng.choice(kinds) & rng.choice(kinds) if rng.random() < 0.3 else rng.choice(kinds)
+
+    def length():
+        return rng.choice([rng.randrange(1, 12), rng.randrange(1, 180), 16 * rng.randrange(1, 9)])
+
+    Hk = rng.choice([1, 1, 2, 3])
+    return Case(
+        B=rng.choice([1, 2, 3]), Hq=Hk * rng.choice([1, 1, 2, 4]), Hk=Hk, Nq=length(), Nk=length(),
+        D=rng.choice([rng.randrange(1, 40), 32, 64, 128, rng.randrange(40, 257)]),
+        Dv=rng.choice([None, None, rng.randrange(1, 257)]), mask=mask(),
+        scale=rng.choice([None, None, None, 1.0, -0.25]),
+        layout=rng.choice([None, None, "transposed", "sliced", "broadcast", "last-axis"]),
+    )  # fmt: skip
+
+
+def random_norm(rng: random.Random) -> Case:
+    given = [name for name in ("residual", "bias", "weight", "beta") if rng.random() < 0.5]
+    return Case(
+        N=rng.choice([1, 2, rng.randrange(1, 300)]), D=rng.choice([1, rng.randrange(1, 70), rng.randrange(1, 2000)]),
+        kind=rng.choice(["layer", "rms", "crms"]), given=" ".join(given), return_sum=rng.random() < 0.5,
+        wide=rng.random() < 0.5, layout=rng.choice([None, None, "sliced", "broadcast", "last-axis"]),
+    )  # fmt: skip
+
+
+RANDOM = {"attention": random_attention, "add_norm": random_norm}
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_points(name, seed, best_cpu):
+    """A hundred points nobody chose, ten of each dtype and op at a time."""
+    rng = random.Random(f"{name} {seed}")
+    op = OPS[name]
+    for dtype in rng.sample(op.dtypes * 2, 5):
+        case = RANDOM[name](rng)
+        try:
+            prove(op, op.by_name[best_cpu], dtype, case)
+        except Exception as error:
+            raise AssertionError(f"{name} on {best_cpu}, {dtype}, {case}: {error}") from error
+
+
+# ---- Prove the proof ----------------------------------------------------------------------------------
+
+
+class Wrong:
+    """The reference as a backend of its own, changed in one place.
+
+    ``inputs(known)`` changes what the formula is given, ``outputs(known, found)`` and ``gradients(known, found)``
+    what it gave; all are dictionaries by argument name.  A tensor left out of ``found`` is never written.
+    """
+
+    def __init__(self, op: str, *, inputs=None, outputs=None, gradients=None) -> None:
+        self.op = OPS[op]
+        self.inputs = inputs or (lambda known: {})
+        self.outputs = outputs or (lambda known, found: {})
+        self.gradients = gradients or (lambda known, found: {})
+
+    def forward(self, *args) -> None:
+        known = dict(zip(self.op.arguments, args[len(self.op.outputs) :]))
+        found = self.op.reference(*(known | self.inputs(known)).values())
+        self._write(args, dict(zip(self.op.outputs, found)), self.outputs, known)
+
+    def backward(self, *args) -> None:
+        known = dict(zip(self.op.backward_arguments, args[len(self.op.gradients) :]))
+        known = self.op.recall(known) if self.op.recall else known
+        given = {name: known.get(name) for name in self.op.arguments}
+        found = differentiate(self.op, known | self.inputs(given))
+        self._write(args, found, self.gradients, known)
+
+    @staticmethod
+    def _write(tensors, found, change, known) -> None:
+        found |= change(known, found)
+        for tensor, value in zip(tensors, found.values()):
+            if value is not UNWRITTEN:
+                tensor.copy_(value)
+
+
+UNWRITTEN = object()
+
+
+def differentiate(op: Op, known):
+    return dict(zip(op.gradients, op._reference_backward(known)))
+
+
+def of_inputs(change):
+    """The outputs of attention for other inputs, of other shapes perhaps."""
+    op = OPS["attention"]
+    return lambda known, found: dict(zip(op.outputs, op.reference(*(known | change(known)).values())))
+
+
+def band(change):
+    """Another mask; ``change`` maps (left, right, left_top, right_top)."""
+    return lambda known: {"mask": Band(*change(*known["mask"][1:])).encode()}
+
+
+def without_last_tile(known):
+    """The keys past the last whole tile of 32."""
+    Nk = known["k"].shape[2]
+    kept = Nk // 32 * 32 or Nk
+    left, right, left_top, right_top = known["mask"][1:]  # still counted from the end of all keys
+    code = Band(left - (Nk - kept), right + (Nk - kept), left_top, right_top).encode()
+    return {"k": known["k"][:, :, :kept], "v": known["v"][:, :, :kept], "mask": code}
+
+
+def heads_by_remainder(known):
+    """Query head h reads key head h % Hk."""
+    order = [h % known["k"].shape[1] for h in range(known["q"].shape[1])]
+    return {name: known[name][:, order] for name in "kv"}
+
+
+def dense(known):
+    """Every tensor read as if its rows lay one after another."""
+
+    def read(t):
+        if not isinstance(t, torch.Tensor) or 0 in t.stride():
+            return t
+        return torch.as_strided(t, (t.numel(),), (1,)).nan_to_num().view(t.shape)
+
+    return {name: read(t) for name, t in known.items()}
+
+
+def logits(known):
+    """Masked logits in float32, and the values that go with them."""
+    q, k, v = (known[name].float() for name in "qkv")
+    k, v = (t.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1) for t in (k, v))
+    visible = materialize(known["mask"], q.shape[2], k.shape[2])
+    return (known["scale"] * (q @ k.mT)).masked_fill(~visible, float("-inf")), v
+
+
+def rescale_forgotten(known, found):
+    """Two tiles of keys; the second is added to the first without exp(m_old - m_new)."""
+    s, v = logits(known)
+    if s.shape[-1] < 2:
+        return {}
+    first, second = s.tensor_split(2, -1)
+    m = first.amax(-1, keepdim=True).clamp(min=-1e30)
+    p = torch.cat([(first - m).exp(), (second - torch.maximum(m, second.amax(-1, keepdim=True))).exp()], -1)
+    return {"o": ((p @ v) / p.sum(-1, keepdim=True)).nan_to_num()}
+
+
+def coarse_weights(known, found):
+    """Softmax weights rounded to bfloat16 whatever the dtype."""
+    s, v = logits(known)
+    return {"o": (s - found["lse"][..., None]).exp().nan_to_num().bfloat16().float() @ v}
+
+
+def times(name, factor):
+    return lambda known, found: {name: found[name] * factor}
+
+
+def leak(name):
+    """A little of each row is found in the next."""
+    return lambda known, found: {name: found[name] + 0.01 * found[name].roll(1, 0 if found[name].dim() < 3 else 2)}
+
+
+def first(name, count):
+    """Rows past ``count`` keep what was in memory."""
+
+    def change(known, found):
+        rows = torch.arange(found[name].shape[-2 if found[name].dim() > 1 else -1])
+        rows = rows[:, None] if found[name].dim() > 1 else rows
+        return {name: torch.where(rows < count, found[name], torch.nan)}
+
+    return change
+
+
+def zeros(known, found):
+    return {name: torch.zeros_like(t) for name, t in found.items()}
+
+
+def unwritten(known, found):
+    return dict.fromkeys(found, UNWRITTEN)
+
+
+def noise(known, found):
+    """One unit in the last place at another element each time: within every budget, and not the same."""
+    name, t = next((name, t.clone()) for name, t in found.items() if t.dim() > 1)
+    if t.numel():
+        noise.calls += 1
+        at = t.view(-1)[noise.calls % t.numel()]
+        at.copy_(at * (1 + torch.finfo(t.dtype).eps))
+    return {name: t}
+
+
+noise.calls = 0
+
+
+def statistics(change):
+    """Other statistics; ``change(h, mean, rstd, known)`` gives mean and rstd."""
+
+    def outputs(known, found):
+        h = (found["s"] if found["s"].numel() else known["x"]).float()
+        mean, rstd = change(h, found["mean"].float(), found["rstd"].float(), known)
+        y = (h - mean[:, None]) * rstd[:, None]
+        y = y if known["weight"] is None else y * known["weight"]
+        return {"y": y if known["beta"] is None else y + known["beta"], "mean": mean, "rstd": rstd}
+
+    return outputs
+
+
+def unbiased(h, mean, rstd, known):
+    """Sums over D channels divided by D - 1."""
+    D = h.shape[1]
+    return mean, rstd * (max(D - 1, 1) / max(D, 1)) ** 0.5
+
+
+def eps_outside(h, mean, rstd, known):
+    return mean, 1 / ((1 / rstd.square() - known["eps"]).clamp(min=0).sqrt() + known["eps"])
+
+
+def no_tail(h, mean, rstd, known):
+    """Channels that fill no vector of eight are left out of the mean."""
+    return mean if known["kind"] else h[:, : h.shape[1] // 8 * 8 or None].mean(1), rstd
+
+
+NONE = Band().left
+WRONG = {  # one line, one way to be wrong
+    "attention": SimpleNamespace(
+        off_by_one=Wrong("attention", inputs=band(lambda a, b, c, d: (a, b + 1, c, d + 1))),
+        window_too_short=Wrong("attention", inputs=band(lambda a, b, c, d: (a - 1, b, c, d))),
+        other_alignment=Wrong("attention", inputs=band(lambda a, b, c, d: (c, d, a, b))),
+        mask_forgotten=Wrong("attention", inputs=band(lambda a, b, c, d: (NONE, NONE, NONE, NONE))),
+        last_tile_dropped=Wrong("attention", outputs=of_inputs(without_last_tile)),
+        heads_by_remainder=Wrong("attention", outputs=of_inputs(heads_by_remainder)),
+        strides_ignored=Wrong("attention", inputs=dense),
+        scale_off_by_a_thousandth=Wrong("attention", inputs=lambda known: {"scale": known["scale"] * 1.001}),
+        rescale_forgotten=Wrong("attention", outputs=rescale_forgotten),
+        weights_in_bfloat16=Wrong("attention", outputs=coarse_weights),
+        empty_rows_are_nan=Wrong("attention", outputs=lambda known, found: {
+            "o": torch.where(torch.isinf(found["lse"])[..., None], torch.nan, found["o"])}),
+        empty_rows_have_lse=Wrong("attention", outputs=lambda known, found: {"lse": found["lse"].clamp(min=-1e30)}),
+        lse_in_base_2=Wrong("attention", outputs=times("lse", 1.4427)),
+        o_leaks=Wrong("attention", outputs=leak("o")),
+        o_of_first_tile=Wrong("attention", outputs=first("o", 32)),
+        o_is_zero=Wrong("attention", outputs=zeros),
+        o_is_stale=Wrong("attention", outputs=unwritten),
+        o_differs_from_run_to_run=Wrong("attention", outputs=noise),
+        dlse_ignored=Wrong("attention", gradients=lambda known, found: differentiate(
+            OPS["attention"], known | {"dlse": None})),
+        dk_without_scale=Wrong("attention", gradients=lambda known, found: {"dk": found["dk"] / known["scale"]}),
+        dq_leaks=Wrong("attention", gradients=leak("dq")),
+        dv_of_first_tile=Wrong("attention", gradients=first("dv", 32)),
+        gradients_are_zero=Wrong("attention", gradients=zeros),
+        gradients_are_stale=Wrong("attention", gradients=unwritten),
+        gradients_differ_from_run_to_run=Wrong("attention", gradients=noise),
+    ),
+    "add_norm": SimpleNamespace(
+        off_by_one=Wrong("add_norm", outputs=statistics(unbiased)),
+        eps_outside_the_root=Wrong("add_norm", outputs=statistics(eps_outside)),
+        mean_without_tail=Wrong("add_norm", outputs=statistics(no_tail)),
+        crms_is_rms=Wrong("add_norm", inputs=lambda known: {"kind": min(known["kind"], 1)}),
+        bias_forgotten=Wrong("add_norm", inputs=lambda known: {
+            "bias": None if known["bias"] is None else torch.zeros_like(known["bias"])}),
+        strides_ignored=Wrong("add_norm", inputs=dense),
+        y_leaks=Wrong("add_norm", outputs=leak("y")),
+        y_of_first_rows=Wrong("add_norm", outputs=first("y", 64)),
+        y_is_zero=Wrong("add_norm", outputs=zeros),
+        y_is_stale=Wrong("add_norm", outputs=unwritten),
+        y_differs_from_run_to_run=Wrong("add_norm", outputs=noise),
+        ds_ignored=Wrong("add_norm", gradients=lambda known, found: differentiate(
+            OPS["add_norm"], known | {"ds": None})),
+        dweight_of_first_channels=Wrong("add_norm", gradients=first("dweight", 64)),
+        dbeta_halved=Wrong("add_norm", gradients=times("dbeta", 0.5)),
+        gradients_are_zero=Wrong("add_norm", gradients=zeros),
+        gradients_are_stale=Wrong("add_norm", gradients=unwritten),
+        gradients_differ_from_run_to_run=Wrong("add_norm", gradients=noise),
+    ),
+}  # fmt: skip
+WRONG["attention"].not_wrong = Wrong("attention")
+WRONG["add_norm"].not_wrong = Wrong("add_norm")
+
+
+@contextlib.contextmanager
+def row(op: Op, name: str) -> Iterator[Backend]:
+    """A row of the table that runs ``WRONG[op].name``, for as long as the block lasts."""
+    where = f"{__name__}:WRONG_{op.name.upper()}.{name}"
+    backend = Backend(name, (), f"{where}.forward", f"{where}.backward")
+    op.backends, op.by_name[name] = (*op.backends, backend), backend
+    try:
+        yield backend
+    finally:
+        op.backends = op.backends[:-1]
+        del op.by_name[name]
+        op._chosen.clear()
+
+
+WRONG_ATTENTION, WRONG_ADD_NORM = WRONG["attention"], WRONG["add_norm"]
+
+
+@pytest.mark.parametrize(("name", "wrong"), [(op, name) for op in WRONG for name in vars(WRONG[op]) if "not_" not in name])
+def test_the_contract_refuses_what_is_wrong(name, wrong):
+    op = OPS[name]
+    points = [(dtype, case) for dtype in op.dtypes for case in random.Random(0).sample(op.cases, len(op.cases))]
+    with row(op, wrong) as backend:
+        for dtype, case in points:
+            try:
+                prove(op, backend, dtype, case)
+            except Failure:
+                return
+    pytest.fail(f"{name} as {wrong} passes all of {len(points)} cases")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_contract_accepts_what_is_right(name):
+    op = OPS[name]
+    with row(op, "not_wrong") as backend:
+        for case in op.cases:
+            prove(op, backend, torch.float32, case)
