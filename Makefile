@@ -17,10 +17,10 @@ CXX_FILES = $(wildcard $(foreach end,h cc cuh cu,csrc/*/*.$(end) kernels/*/*.$(e
 .PHONY: build bench test lint format sanitize gpu-check clean
 
 build: .venv/installed
-	@cmake --build build/cmake
+	@cmake --build build/cmake -- --quiet
 
 bench: build
-	$(BIN)/fastattn bench --quick --peers --plot build/bench --json build/bench/results.json
+	$(BIN)/fastattn bench --quick --plot build/bench --json build/bench/results.jsonl
 
 test: build
 	$(BIN)/python -m pytest
@@ -72,14 +72,14 @@ sanitize: .venv/requirements
 	CMAKE_ARGS='$(CMAKE_ARGS) -DFASTATTN_SANITIZE=ON' \
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/site
 	PYTHONPATH=build/sanitize/site LD_PRELOAD='$(SANITIZE)' ASAN_OPTIONS=detect_leaks=0 \
-	  $(BIN)/pytest tests/test_native.py tests/test_contract.py --backend cpu
+	  sh -ec '$(BIN)/pytest -q tests/test_native.py; $(BIN)/pytest -q tests/test_contract.py --backend cpu'
 
 # The environment is left alone: the package is built beside it, from what is there, and run from there.
 gpu-check: export PYTHONPATH := $(CURDIR)/build/gpu/site
 gpu-check:
 	$(PYTHON) setup.py --quiet build --build-base build/gpu --build-lib build/gpu/site
-	cd build/gpu && $(PYTHON) -m fastattn verify --device cuda --json verify.json
-	cd build/gpu && $(PYTHON) -m fastattn bench --device cuda --quick --peers --json bench.json
+	cd build/gpu && $(PYTHON) -m fastattn verify --device cuda --json verify.jsonl
+	cd build/gpu && $(PYTHON) -m fastattn bench --device cuda --quick --peers --json bench.jsonl
 
 clean:
 	rm -rf .venv build *.egg-info fastattn/_c*.so

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Axes:
@@ -27,6 +31,9 @@ class Axes:
             self._refuse_rank(tensors)
             self._refuse_kind(tensors)
             self._refuse_size(tensors)
+        if tensors[0].dtype not in DTYPES:
+            self._refuse_rank(tensors)
+            raise ValueError(f"{self.function}: {self._kinds(tensors)}; they take {shown(*DTYPES)}")
         return sizes
 
     def _owner(self, position: int) -> str:
@@ -49,6 +56,8 @@ class Axes:
                 raise ValueError(
                     f"{self.function}: {name} is {type(t).__name__}; it takes a tensor [{', '.join(letters)}]"
                 )
+            if t.layout is not torch.strided:
+                raise ValueError(f"{self.function}: {name} is a {shown(t.layout)} tensor; it takes a dense one")
             if t.dim() != len(letters):
                 raise ValueError(
                     f"{self.function}: {name} has {t.dim()} axes, {list(t.shape)}; "
@@ -58,11 +67,10 @@ class Axes:
     def _refuse_kind(self, tensors: tuple[Any, ...]) -> None:
         if len({(t.dtype, t.device) for t in tensors}) == 1:
             return
-        kinds = ", ".join(
-            f"{name} is {str(t.dtype).removeprefix('torch.')} on {t.device}"
-            for name, t in zip(self.specs, tensors)
-        )
-        raise ValueError(f"{self.function}: {kinds}; they must share one dtype and one device")
+        raise ValueError(f"{self.function}: {self._kinds(tensors)}; they must share one dtype and one device")
+
+    def _kinds(self, tensors: tuple[Any, ...]) -> str:
+        return ", ".join(f"{name} is {shown(t.dtype)} on {t.device}" for name, t in zip(self.specs, tensors))
 
     def _refuse_size(self, tensors: tuple[Any, ...]) -> None:
         sizes = [size for t in tensors for size in t.shape]
@@ -84,6 +92,7 @@ def _compile(specs: dict[str, list[str]]) -> Callable[..., Any]:
         same += [f"{x}_{name} != {x}" for x in letters if x in known]
         known.update(letters)
         lines.append(f"        {', '.join(fresh)}, = {name}.shape")
+        same.append(f"{name}.layout is not strided")
         if name != lead:
             same += [f"{name}.dtype != {lead}.dtype", f"{name}.device != {lead}.device"]
     source = "\n".join(
@@ -91,9 +100,21 @@ def _compile(specs: dict[str, list[str]]) -> Callable[..., Any]:
         + ["            return None", "    except (AttributeError, ValueError, TypeError):", "        return None"]
         + [f"    return {', '.join(seen)},"]
     )
-    scope: dict[str, Any] = {}
+    scope: dict[str, Any] = {"strided": torch.strided}
     exec(source, scope)
     return scope["bind"]  # type: ignore[no-any-return]
+
+
+def number(function: str, name: str, value: Any) -> float:
+    """``value`` as a float.  A tensor is refused: it would get no gradient."""
+    if not isinstance(value, (int, float)) and not isinstance(value, numbers.Real):
+        raise ValueError(f"{function}: {name} is {repr(value) if isinstance(value, str) else type(value).__name__}; it takes a number")
+    return float(value)
+
+
+def shown(*values: Any) -> str:
+    """dtypes and layouts as users type them: "float32, bfloat16"."""
+    return ", ".join(str(value).removeprefix("torch.") for value in values)
 
 
 def unit_stride(t: torch.Tensor) -> torch.Tensor:

@@ -296,7 +296,7 @@ class Op:
         overhead.  Everything else (autograd, compilation, tracing, modes, transforms, tensor subclasses)
         goes through ``torch.ops``.
         """
-        if not torch.compiler.is_compiling() and _is_plain():
+        if not torch.compiler.is_compiling() and _is_plain() and not args[self._tensors[0]].is_meta:
             needs_grad = torch.is_grad_enabled()
             for i in self._tensors:
                 t = args[i]
@@ -307,6 +307,8 @@ class Op:
         if forward_ad._current_level >= 0:  # torch would drop the tangents and say nothing
             if any(isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args):
                 raise RuntimeError(f"{self.name}: forward-mode derivatives (jvp) are not implemented; use backward")
+        if not isinstance(backend, str):
+            self.named(backend)
         return self.op(*args, backend=backend)
 
     # -- running ------------------------------------------------------------------------------------
@@ -476,11 +478,16 @@ def using(backend: str, op: str = "") -> Iterator[None]:
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on for their device; else as they are."""
+    if not isinstance(tensors[0], torch.Tensor):
+        return tensors
     kind = tensors[0].device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+    return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in _CASTABLE else t for t in tensors)
+
+
+_CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -197,6 +197,15 @@ FASTATTN_INLINE vf exp2(vf x) {
   return x < -126.0f ? vf{} : y;
 }
 
+// ln x for normal x > 0, within 2 ulp: x = 2^e m with m in [sqrt(1/2), sqrt(2)), and ln m = 2 artanh((m - 1) / (m + 1)).
+FASTATTN_INLINE vf ln(vf x) {
+  const vi e = ((vi)x - 0x3f3504f3) >> 23;  // how many powers of two above sqrt(1/2)
+  const vf m = (vf)((vi)x - (e << 23)), s = (m - 1.0f) / (m + 1.0f), t = s * s;
+  const vf series = s * t * (((t * (2.0f / 9) + 2.0f / 7) * t + 2.0f / 5) * t + 2.0f / 3);
+  const vf power = __builtin_convertvector(e, vf);
+  return power * 0.693359375f + (power * -2.12194440e-4f + (series + 2.0f * s)) + (x - x);  // NaN for NaN and infinity
+}
+
 // Transpose W vectors of W lanes in place: at distance H, swap the lanes and rows that differ in bit H.
 template <int H, int... lane>
 FASTATTN_INLINE void exchange(vf& a, vf& b, std::integer_sequence<int, lane...>) {

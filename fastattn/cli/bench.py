@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ class Run:
                     ceilings.arithmetic(dtype)
                 for size in (4e6, 256e6):
                     ceilings.reading(size)
-            lines.append(_measured(name, ceilings))
+            lines += _measured(name, ceilings)
         return "\n".join(lines) + "\n"
 
     def _cells(self, record: records.Record) -> list[str]:
@@ -249,11 +250,12 @@ class Run:
         longest = [max(len(f(row)) for row in self.rows) for f in (
             lambda row: row.op.name, lambda row: cases.label(row.case), lambda row: _name(row.dtype),
         )]  # fmt: skip
-        return [longest[0], max(longest[1], 13), longest[2], 8, 8, 5, 22, 13, 10, 9]
+        against = 31 if any(row.kind == "isa" for row in self.rows) else 16
+        return [longest[0], max(longest[1], 13), longest[2], 8, 8, 5, against, 13, 10, 9]
 
     def _closing(self, found: list[records.Record]) -> list[str]:
         lines = ["", "Ceilings over the whole run:"]
-        lines += [_measured(name, ceilings) for name, ceilings in self.ceilings.items()]
+        lines += [line for pair in self.ceilings.items() for line in _measured(*pair)]
         if any(not record["clean"] for record in found):
             lines.append(
                 "~ marks rows with fewer than three undisturbed samples: the machine was busy."
@@ -276,15 +278,16 @@ class Run:
         ]
 
 
-def _measured(backend: str, ceilings: Ceilings) -> str:
-    parts = []
-    for name, rates in sorted(ceilings.history.items()):
-        middle = sorted(rates)[len(rates) // 2]
-        unit = "GB/s" if name.startswith(("read", "copy")) else "GFLOP/s"
-        parts.append(
-            f"{name} {middle / 1e9:.4g} {unit} ({min(rates) / 1e9:.4g}-{max(rates) / 1e9:.4g})"
+def _measured(backend: str, ceilings: Ceilings) -> list[str]:
+    """One line for each ceiling: its median and range over the run."""
+    lines = []
+    for name, rates in sorted(ceilings.history.items(), key=lambda item: (len(item[0]), item[0])):
+        middle, low, high = (
+            rate / 1e9 for rate in (statistics.median(rates), min(rates), max(rates))
         )
-    return f"  {backend}: " + ("; ".join(parts) or "ceilings n/a")
+        unit = "GB/s" if name.startswith(("read", "copy")) else "GFLOP/s"
+        lines.append(f"  {backend}  {name:<12} {middle:6.4g} {unit}, {low:.4g} to {high:.4g}")
+    return lines or [f"  {backend}  ceilings n/a"]
 
 
 def _reached(

@@ -50,7 +50,7 @@ def cell(record: Record) -> str:
     """What is known of a row, as in 10.3 ms, 1.35x, 88%."""
     ratio, share = torch_ratio(record), record.get("share")
     words = [
-        duration(record["seconds"]),
+        ("" if record["clean"] else "~") + duration(record["seconds"]),
         f"**{ratio:.2f}x**" if ratio else "",
         f"{share:.0%}" if share else "",
     ]

@@ -18,7 +18,7 @@ STYLE = """
 :root { --ink: #20242a; --soft: #667; --line: #e3e5ea; --bar: #cfe0f1; --good: #2c7a4b; --bad: #b03a2e; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #f6f7f9; color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 2.5rem 1.5rem 5rem; }
+main { max-width: 1200px; margin: 0 auto; padding: 2.5rem 1.5rem 5rem; }
 h1 { margin: 0; font-size: 1.8rem; letter-spacing: -0.02em; }
 h2 { margin: 2.8rem 0 0.2rem; font-size: 1.25rem; }
 h3 { margin: 1.6rem 0 0.4rem; font-size: 1rem; }
@@ -27,7 +27,7 @@ section { background: #fff; border: 1px solid var(--line); border-radius: 10px; 
           margin-top: 1rem; overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: var(--soft); font-weight: 500; white-space: nowrap; }
-th, td { padding: 0.28rem 0.7rem 0.28rem 0; border-bottom: 1px solid var(--line); }
+th, td { padding: 0.28rem 0.7rem 0.28rem 0; white-space: nowrap; border-bottom: 1px solid var(--line); }
 td.n, th.n { text-align: right; white-space: nowrap; }
 td.b { width: 9rem; }
 .bar { position: relative; background: #f0f2f5; border-radius: 3px; height: 1.25rem; }
@@ -58,7 +58,9 @@ def page(records: Sequence[Record]) -> str:
         f"<style>{STYLE}</style></head>\n<body><main>\n<h1>fastattn: results</h1>\n"
         "<p>Times are medians of undisturbed samples, ours and each peer's taken in turns in one process. "
         "A ratio above 1 means that fastattn is faster. The ceiling is what loops that do nothing else reached "
-        "on the same machine in the same run.</p>\n" + "\n".join(body) + "\n</main></body></html>\n"
+        "on the same machine in the same run. ~ marks a row that a busy machine disturbed.</p>\n"
+        + "\n".join(body)
+        + "\n</main></body></html>\n"
     )
 
 
@@ -126,7 +128,7 @@ def _row(r: Record) -> str:
         if r["peak_bytes"] is not None and r["kind"] != "call"
         else ""
     )
-    numbers = [duration(r["seconds"]), f"±{spread:.0%}"]
+    numbers = [("" if r["clean"] else "~") + duration(r["seconds"]), f"±{spread:.0%}"]
     return (
         f"<tr><td>{html.escape(label)}</td><td>{r['dtype']}</td><td>{r['direction']}</td><td>{r['backend']}</td>"
         + "".join(f'<td class="n">{n}</td>' for n in numbers)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from fastattn.checks import Axes, unit_stride
+from fastattn.checks import Axes, number, unit_stride
 from fastattn.kernels.attention import reference as formula
-from fastattn.masks import Causal, Full, Mask, Window, materialize, pairs
+from fastattn.masks import UNBOUNDED, Causal, Full, Mask, Window, materialize, pairs
 from fastattn.op import PROCESS, Case, Cost, Op, at_most, autocast, cpu, reference, takes, triton
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -154,24 +154,24 @@ def attention(
     >>> fa.attention(q, k, v, causal=True).shape
     torch.Size([1, 2, 5, 8])
     """
+    q, k, v = autocast(q, k, v)
     B, Hq, Nq, D, Hk, Nk, Dv = AXES(q, k, v)
     if Hq != Hk and (Hk == 0 or Hq % Hk):
         raise ValueError(f"attention: Hq is {Hq} and Hk is {Hk}; Hq must be a multiple of Hk")
-    if not q.is_floating_point():
-        raise ValueError(f"attention: q, k and v are {q.dtype}; they take a floating-point dtype")
+    if Nq > UNBOUNDED or Nk > UNBOUNDED:
+        raise ValueError(f"attention: Nq is {Nq} and Nk is {Nk}; sequences have at most {UNBOUNDED} tokens")
     if mask is None:
         code = CAUSAL if causal else FULL
     elif isinstance(mask, Mask):
         code = (Causal() & mask).encode() if causal else mask.encode()
     else:
         raise ValueError(f"attention: mask is {type(mask).__name__}; it takes a value of fastattn.masks or None")
-    q, k, v = autocast(q, k, v)
     o, lse = OP.call(
         unit_stride(q),
         unit_stride(k),
         unit_stride(v),
         code,
-        D**-0.5 if scale is None and D else float(scale or 0.0),
+        D**-0.5 if scale is None and D else number("attention", "scale", scale or 0.0),
         backend=backend or PROCESS.backend("attention"),
     )
     return (o, lse) if return_lse else o

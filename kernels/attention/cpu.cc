@@ -358,15 +358,15 @@ struct Forward {
   }
 
   void finish(const Tile& tile, int64_t b, int64_t h, float* s) {
-    for (int v = 0; v < kVecs; ++v) {
-      const vf l = load(tile.l + v * W);
+    for (int64_t v = 0; tile.i0 + v * W < tile.i1; ++v) {
+      const vf l = load(tile.l + v * W), m = load(tile.m + v * W);
       store(s + v * W, select(l == 0.0f, vf{}, 1.0f / l));
+      const vf log = m * 0.693359375f + (m * -2.12194440e-4f + ln(l));  // ln 2 in two parts
+      float* const to = &lse(b, h, tile.i0 + v * W);
+      const vf result = select(l == 0.0f, splat(-kInf), log);
+      tile.i1 - tile.i0 - v * W >= W ? store(to, result) : store(to, result, tile.i1 - tile.i0 - v * W);
     }
     unpack_lanes(head(o, b, h), tile.i0, tile.i1, tile.ot, Dv, s);
-    for (int64_t i = tile.i0; i < tile.i1; ++i) {
-      const float l = tile.l[i - tile.i0], m = tile.m[i - tile.i0];
-      lse(b, h, i) = l == 0.0f ? -kInf : static_cast<float>(m * 0.6931471805599453 + std::log(l));
-    }
   }
 };
 

@@ -34,6 +34,7 @@ def attention_fwd(
     o, lse, q, k, v, mask, score, Hq, group, Nq, Nk,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    NARROW: tl.constexpr = q.p.dtype.element_ty != tl.float32
     # Find the tile.  Under a causal mask the last queries see most keys: they start first.
     num_tiles = tl.cdiv(Nq, BM)
     i0 = (num_tiles - 1 - tl.program_id(0) % num_tiles) * BM
@@ -51,21 +52,22 @@ def attention_fwd(
     # Walk the keys: first the tiles without a hidden pair, then the others.
     i1 = tl.minimum(i0 + BM, Nq)
     walk = masks.walk(masks.keys(mask, i0, i1, Nq, Nk), masks.keys_all(mask, i0, i1, Nq, Nk), BN)
+    factor = tl.abs(scores.factor(score)) * softmax.unit(NARROW)
     for j0 in tl.range(walk.full_begin, walk.full_end, BN):
-        acc, m, l = _absorb(acc, m, l, q_tile, k, v, b, hk, mask, score, i0, j0, Nk, D, DV, BD, BDV, BM, BN, False)
+        acc, m, l = _absorb(acc, m, l, q_tile, k, v, b, hk, mask, score, factor, i0, j0, Nk, D, DV, BD, BDV, BM, BN, False)
     for t in tl.range(0, walk.num_partial):
         j0 = masks.partial(walk, t, BN)
-        acc, m, l = _absorb(acc, m, l, q_tile, k, v, b, hk, mask, score, i0, j0, Nk, D, DV, BD, BDV, BM, BN, True)
+        acc, m, l = _absorb(acc, m, l, q_tile, k, v, b, hk, mask, score, factor, i0, j0, Nk, D, DV, BD, BDV, BM, BN, True)
 
     # Divide and write.
-    o_tile, lse_tile = softmax.finish(acc, m, l, q.p.dtype.element_ty != tl.float32)
+    o_tile, lse_tile = softmax.finish(acc, m, l, NARROW)
     rows.store(o, b, h, i0, o_tile, Nq, BM, DV, BDV)
     rows.store_scalars(lse, b, h, i0, lse_tile, Nq, BM)
 
 
 @triton.jit
 def _absorb(
-    acc, m, l, q, k, v, b, hk, mask, score, i0, j0, Nk,
+    acc, m, l, q, k, v, b, hk, mask, score, factor, i0, j0, Nk,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +75,6 @@ def _absorb(
     i = i0 + tl.arange(0, BM)[:, None]
     j = j0 + tl.arange(0, BN)[None, :]
     NARROW: tl.constexpr = q.dtype != tl.float32
-    factor = tl.abs(scores.factor(score)) * softmax.unit(NARROW)
     k_tile = rows.load(k, b, hk, j0, Nk, BN, D, BD, PARTIAL)  # [BN, BD]
     v_tile = rows.load(v, b, hk, j0, Nk, BN, DV, BDV, PARTIAL)  # [BN, BDV]
     s = dot(q, tl.trans(k_tile), tl.zeros([BM, BN], tl.float32))  # [BM, BN]
@@ -104,6 +105,7 @@ def attention_dq(
     q_tile = rows.load(q, b, h, i0, Nq, BM, D, BD, True)  # [BM, BD]
     do_tile = rows.load(do, b, h, i0, Nq, BM, DV, BDV, True)  # [BM, BDV]
     lse_tile = rows.load_scalars(lse, b, h, i0, Nq, BM)  # [BM]
+    factor = scores.factor(score) * softmax.unit(NARROW)
     shift_tile = softmax.shift(lse_tile, NARROW)
     i1 = tl.minimum(i0 + BM, Nq)
     some = masks.keys(mask, i0, i1, Nq, Nk)
@@ -117,7 +119,7 @@ def attention_dq(
         excess = tl.zeros([BM], tl.float32)
         total = tl.zeros([BM], tl.float32)
         for j0 in tl.range(some[0] // BN * BN, some[1], BN):
-            k_tile, s, p, dp = _weights(q_tile, do_tile, shift_tile, k, v, b, hk, mask, score, i0, j0, Nk,
+            k_tile, s, p, dp = _weights(q_tile, do_tile, shift_tile, k, v, b, hk, mask, score, factor, i0, j0, Nk,
                                         D, DV, BD, BDV, BM, BN, True)  # fmt: skip
             excess += tl.sum(p * (dp - delta_tile[:, None]), 1)
             total += tl.sum(p, 1)
@@ -129,18 +131,18 @@ def attention_dq(
 
     acc = tl.zeros([BM, BD], tl.float32)
     for j0 in tl.range(walk.full_begin, walk.full_end, BN):
-        acc = _add_dq(acc, q_tile, do_tile, shift_tile, delta_tile, k, v, b, hk, mask, score, i0, j0, Nk,
+        acc = _add_dq(acc, q_tile, do_tile, shift_tile, delta_tile, k, v, b, hk, mask, score, factor, i0, j0, Nk,
                       D, DV, BD, BDV, BM, BN, False)  # fmt: skip
     for t in tl.range(0, walk.num_partial):
         j0 = masks.partial(walk, t, BN)
-        acc = _add_dq(acc, q_tile, do_tile, shift_tile, delta_tile, k, v, b, hk, mask, score, i0, j0, Nk,
+        acc = _add_dq(acc, q_tile, do_tile, shift_tile, delta_tile, k, v, b, hk, mask, score, factor, i0, j0, Nk,
                       D, DV, BD, BDV, BM, BN, True)  # fmt: skip
     rows.store(dq, b, h, i0, acc * scores.scale(score), Nq, BM, D, BD)
 
 
 @triton.jit
 def _weights(
-    q, do, shift, k, v, b, hk, mask, score, i0, j0, Nk,
+    q, do, shift, k, v, b, hk, mask, score, factor, i0, j0, Nk,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +150,6 @@ def _weights(
     i = i0 + tl.arange(0, BM)[:, None]
     j = j0 + tl.arange(0, BN)[None, :]
     NARROW: tl.constexpr = q.dtype != tl.float32
-    factor = scores.factor(score) * softmax.unit(NARROW)
     k_tile = rows.load(k, b, hk, j0, Nk, BN, D, BD, PARTIAL)  # [BN, BD]
     v_tile = rows.load(v, b, hk, j0, Nk, BN, DV, BDV, PARTIAL)  # [BN, BDV]
     s = dot(q, tl.trans(k_tile), tl.zeros([BM, BN], tl.float32))  # [BM, BN]
@@ -161,14 +162,14 @@ def _weights(
 
 @triton.jit
 def _add_dq(
-    acc, q, do, shift, delta, k, v, b, hk, mask, score, i0, j0, Nk,
+    acc, q, do, shift, delta, k, v, b, hk, mask, score, factor, i0, j0, Nk,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys j0 .. j0 + BN give to dq of the queries i0 .. i0 + BM."""
     i = i0 + tl.arange(0, BM)[:, None]
     j = j0 + tl.arange(0, BN)[None, :]
-    k_tile, s, p, dp = _weights(q, do, shift, k, v, b, hk, mask, score, i0, j0, Nk,
+    k_tile, s, p, dp = _weights(q, do, shift, k, v, b, hk, mask, score, factor, i0, j0, Nk,
                                 D, DV, BD, BDV, BM, BN, PARTIAL)  # fmt: skip
     ds = scores.logits_grad(score, p * (dp - delta[:, None]), s, i, j)
     return dot(narrow(ds, k_tile.dtype), k_tile, acc)  # [BM, BD]
@@ -186,6 +187,7 @@ def attention_dkdv(
     b = tl.program_id(0) // num_tiles // Hk
     k_tile = rows.load(k, b, hk, j0, Nk, BN, D, BD, True)  # [BN, BD]
     v_tile = rows.load(v, b, hk, j0, Nk, BN, DV, BDV, True)  # [BN, BDV]
+    factor = scores.factor(score) * softmax.unit(k_tile.dtype != tl.float32)
     dk_acc = tl.zeros([BN, BD], tl.float32)
     dv_acc = tl.zeros([BN, BDV], tl.float32)
 
@@ -196,12 +198,12 @@ def attention_dkdv(
         h = hk * group + g
         for i0 in tl.range(walk.full_begin, walk.full_end, BM):
             dk_acc, dv_acc = _add_dkdv(
-                dk_acc, dv_acc, k_tile, v_tile, q, do, shift, delta, b, h, mask, score, i0, j0, Nq,
+                dk_acc, dv_acc, k_tile, v_tile, q, do, shift, delta, b, h, mask, score, factor, i0, j0, Nq,
                 D, DV, BD, BDV, BM, BN, False)  # fmt: skip
         for t in tl.range(0, walk.num_partial):
             i0 = masks.partial(walk, t, BM)
             dk_acc, dv_acc = _add_dkdv(
-                dk_acc, dv_acc, k_tile, v_tile, q, do, shift, delta, b, h, mask, score, i0, j0, Nq,
+                dk_acc, dv_acc, k_tile, v_tile, q, do, shift, delta, b, h, mask, score, factor, i0, j0, Nq,
                 D, DV, BD, BDV, BM, BN, True)  # fmt: skip
     rows.store(dk, b, hk, j0, dk_acc * scores.scale(score), Nk, BN, D, BD)
     rows.store(dv, b, hk, j0, dv_acc, Nk, BN, DV, BDV)
@@ -209,7 +211,7 @@ def attention_dkdv(
 
 @triton.jit
 def _add_dkdv(
-    dk, dv, k, v, q, do, shift, delta, b, h, mask, score, i0, j0, Nq,
+    dk, dv, k, v, q, do, shift, delta, b, h, mask, score, factor, i0, j0, Nq,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):  # fmt: skip
@@ -221,7 +223,6 @@ def _add_dkdv(
     i = i0 + tl.arange(0, BM)[None, :]
     j = j0 + tl.arange(0, BN)[:, None]
     NARROW: tl.constexpr = k.dtype != tl.float32
-    factor = scores.factor(score) * softmax.unit(NARROW)
     q_tile = rows.load(q, b, h, i0, Nq, BM, D, BD, PARTIAL)  # [BM, BD]
     do_tile = rows.load(do, b, h, i0, Nq, BM, DV, BDV, PARTIAL)  # [BM, BDV]
     shift_tile = rows.load_scalars(shift, b, h, i0, Nq, BM)  # [BM]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastattn.checks import DTYPES, number, shown
 from fastattn.kernels.norm import reference as formula
 from fastattn.kernels.norm.reference import KINDS
 from fastattn.op import PROCESS, Case, Cost, Op, autocast, cpu, reference, takes, triton
@@ -159,10 +160,9 @@ def add_norm(
     >>> torch.equal(s, x + residual)
     True
     """
-    _check(x, residual, {"bias": bias, "weight": weight, "beta": beta}, kind)
+    x, residual = autocast(x, residual)
+    _check(x, residual, {"bias": bias, "weight": weight, "beta": beta}, kind, eps)
     shape, D = x.shape, x.shape[-1]
-    x, *rest = autocast(x, *([] if residual is None else [residual]))
-    residual = rest[0] if rest else None
     wide = _wide(x)
     flat = (t if t is None else _rows(t, D) for t in (x, residual))
     wides = (t if t is None else t.to(wide).contiguous() for t in (bias, weight, beta))
@@ -180,22 +180,33 @@ def _rows(t: torch.Tensor, D: int) -> torch.Tensor:
     return t if t.stride(-1) == 1 or D <= 1 else t.contiguous()
 
 
-def _check(x: Any, residual: Any, parameters: dict[str, Any], kind: str) -> None:
-    if not isinstance(x, torch.Tensor) or x.dim() == 0 or not x.is_floating_point():
-        shown = f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"add_norm: x is {shown}; it takes a floating-point tensor [..., D]")
+def _check(x: Any, residual: Any, parameters: dict[str, Any], kind: Any, eps: Any) -> None:
+    if not _is_dense(x) or x.dim() == 0 or x.dtype not in DTYPES:
+        raise ValueError(f"add_norm: x is {_describe(x)}; it takes a dense tensor [..., D] of {shown(*DTYPES)}")
     if kind not in KINDS:
         raise ValueError(f"add_norm: kind is {kind!r}; it takes one of {', '.join(map(repr, KINDS))}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
-        raise ValueError(
-            f"add_norm: residual is {residual.dtype} {list(residual.shape)} on {residual.device}; "
-            f"it takes x's {x.dtype} {list(x.shape)} on {x.device}"
-        )
+    if not number("add_norm", "eps", eps) >= 0:
+        raise ValueError(f"add_norm: eps is {eps}; it takes a number >= 0")
+    if residual is not None and not (
+        _is_dense(residual) and residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+    ):
+        raise ValueError(f"add_norm: residual is {_describe(residual)}; it takes what x is, {_describe(x)}")
     for name, t in parameters.items():
-        if t is not None and (
-            t.shape != x.shape[-1:] or t.dtype not in (x.dtype, torch.float32) or t.device != x.device
+        if t is not None and not (
+            _is_dense(t) and t.shape == x.shape[-1:] and t.dtype in (x.dtype, F32) and t.device == x.device
         ):
+            dtypes = " or ".join(dict.fromkeys((shown(x.dtype), "float32")))
             raise ValueError(
-                f"add_norm: {name} is {t.dtype} {list(t.shape)} on {t.device}; "
-                f"it takes [{x.shape[-1]}] of {x.dtype} or torch.float32 on {x.device}"
+                f"add_norm: {name} is {_describe(t)}; with x {_describe(x)} it takes [{x.shape[-1]}] of {dtypes}"
             )
+
+
+def _is_dense(t: Any) -> bool:
+    return isinstance(t, torch.Tensor) and t.layout is torch.strided
+
+
+def _describe(t: Any) -> str:
+    if not isinstance(t, torch.Tensor):
+        return type(t).__name__
+    layout = "" if t.layout is torch.strided else f"{shown(t.layout)} "
+    return f"{layout}{shown(t.dtype)}{list(t.shape)} on {t.device}"
