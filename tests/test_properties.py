@@ -46,6 +46,7 @@ def within_budget(op, call, got):
 
 def near(a, b, roundings=16):
     """``a`` is ``b`` but for a handful of roundings of the largest value."""
+    a, b = a.detach(), b.detach()
     largest = max(float(b.abs().max()), 1.0)
     error = float((a.double() - b.double()).abs().max())
     assert error <= roundings * torch.finfo(a.dtype).eps * largest, f"{error:.3g} at values up to {largest:.3g}"

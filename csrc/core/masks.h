@@ -27,19 +27,22 @@ struct Band {
   Band(std::span<const int64_t> bounds, int64_t num_q, int64_t num_k)
       : num_q(static_cast<int>(num_q)), num_k(static_cast<int>(num_k)) {
     FASTATTN_CHECK(bounds.size() == 4, "a band mask has 4 bounds, got ", bounds.size());
-    const int64_t shift = num_k - num_q, far = int64_t{1} << 30;  // the last query stands at the last key
+    const int64_t shift = num_k - num_q,
+                  far = int64_t{1} << 30;  // the last query stands at the last key
     lo = static_cast<int>(std::max({shift - bounds[0], -bounds[2], -far}));
     hi = static_cast<int>(std::min({shift + bounds[1], bounds[3], far}));
   }
 
   FASTATTN_HD bool visible(int i, int j) const { return (j - i >= lo) & (j - i <= hi); }
-  FASTATTN_HD Range keys(int64_t i0, int64_t i1) const {  // some of them visible to some of [i0, i1)
+  FASTATTN_HD Range keys(int64_t i0,
+                         int64_t i1) const {  // some of them visible to some of [i0, i1)
     return {i0 + lo > 0 ? i0 + lo : 0, i1 + hi < num_k ? i1 + hi : num_k};
   }
   FASTATTN_HD Range queries(int64_t j0, int64_t j1) const {  // some of them seeing some of [j0, j1)
     return {j0 - hi > 0 ? j0 - hi : 0, j1 - lo < num_q ? j1 - lo : num_q};
   }
-  FASTATTN_HD bool all(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {  // every pair is visible
+  FASTATTN_HD bool all(int64_t i0, int64_t i1, int64_t j0,
+                       int64_t j1) const {  // every pair is visible
     return j0 - (i1 - 1) >= lo && j1 - 1 - i0 <= hi;
   }
 };

@@ -21,5 +21,4 @@ struct Scale {
     return dlogit * scale;
   }
 };
-
 }

@@ -37,7 +37,8 @@ struct Compute {
 
   void operator()(int64_t task) { run(task, std::make_integer_sequence<int, kAccumulators>{}); }
 
-  template <int... k>  // a fold, not a loop: arrays of vectors stay in registers only when fully unrolled
+  template <
+      int... k>  // a fold, not a loop: arrays of vectors stay in registers only when fully unrolled
   void run(int64_t task, std::integer_sequence<int, k...>) {
     vf acc[] = {splat(static_cast<float>(k))...};
     const vf a = splat(0.5f), b = splat(0.25f);
@@ -50,7 +51,8 @@ template <class Step>
 void compute(const Tensor& sums, double flops) {
   FASTATTN_CHECK(sums.size() == kTasks, "sums is ", text(sums), "; it takes float32[", kTasks, "]");
   if (!Step::kFlops) return;
-  Compute<Step> work{View<float, 1>(sums).data, static_cast<int64_t>(flops / (kTasks * kAccumulators * Step::kFlops))};
+  Compute<Step> work{View<float, 1>(sums).data,
+                     static_cast<int64_t>(flops / (kTasks * kAccumulators * Step::kFlops))};
   parallel_for(kTasks, work);
 }
 
@@ -67,7 +69,8 @@ struct Read {
   template <int... k>
   void run(int64_t task, std::integer_sequence<int, k...>) {
     vf acc[8] = {};
-    const int64_t lines = size / (8 * W), first = lines * task / kTasks, last = lines * (task + 1) / kTasks;
+    const int64_t lines = size / (8 * W), first = lines * task / kTasks,
+                  last = lines * (task + 1) / kTasks;
     for (const float* p = data + first * 8 * W; p < data + last * 8 * W; p += 8 * W) {
       ((acc[k] += load(p + k * W)), ...);
     }

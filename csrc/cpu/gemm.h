@@ -25,7 +25,9 @@ inline constexpr int kRows = NV == 1 || (NV == 2 && FASTATTN_SIMD_WIDTH == 64) ?
 struct Words {
   const char* base;
   int64_t row, step;
-  FASTATTN_INLINE Words at(int64_t r, int64_t k) const { return {base + r * row + k * step, row, step}; }
+  FASTATTN_INLINE Words at(int64_t r, int64_t k) const {
+    return {base + r * row + k * step, row, step};
+  }
 };
 
 // What multiplies: one float a word, or two bf16 a word where the processor has their dot product.
@@ -50,8 +52,8 @@ FASTATTN_INLINE vf broadcast(const char* word) {
 
 // acc[r][v] += sum over k < K.  b points at the tile's first lane; ldb is in floats.
 template <class Mul, int R, int NV>
-FASTATTN_INLINE void multiply_chunk(vf (&acc)[R][NV], const char* base, int64_t row, int64_t step, const float* b,
-                                    int64_t ldb, int64_t K) {
+FASTATTN_INLINE void multiply_chunk(vf (&acc)[R][NV], const char* base, int64_t row, int64_t step,
+                                    const float* b, int64_t ldb, int64_t K) {
 #pragma GCC unroll 2
   for (int64_t k = 0; k < K; ++k) {
     vf bs[NV];
@@ -75,7 +77,8 @@ FASTATTN_INLINE void multiply(vf (&acc)[R][NV], Words a, const float* b, int64_t
   multiply_chunk<Mul>(acc, a.base, a.row, a.step, b, ldb, std::min(K, kChunk));
   for (int64_t k = kChunk; k < K; k += kChunk) {
     vf part[R][NV] = {};
-    multiply_chunk<Mul>(part, a.base + k * a.step, a.row, a.step, b + k * ldb, ldb, std::min(K - k, kChunk));
+    multiply_chunk<Mul>(part, a.base + k * a.step, a.row, a.step, b + k * ldb, ldb,
+                        std::min(K - k, kChunk));
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -126,8 +129,8 @@ struct Accumulate {
   }
 };
 template <class Mul>
-FASTATTN_INLINE void accumulate(float* c, int64_t ldc, Words a, const float* b, int64_t ldb, int64_t K, int64_t rows,
-                                int vecs) {
+FASTATTN_INLINE void accumulate(float* c, int64_t ldc, Words a, const float* b, int64_t ldb,
+                                int64_t K, int64_t rows, int vecs) {
   for (int v = 0; v < vecs; v += kVecs) {
     Accumulate<Mul> f{c + v * W, ldc, a, b + v * W, ldb, K};
     for_tiles(f, rows, std::min(vecs - v, kVecs));

@@ -58,7 +58,8 @@ FASTATTN_INLINE vi iota() { return lanes(std::make_integer_sequence<int, W>{}); 
 template <class Mask>
 FASTATTN_INLINE vi visible(const Mask& mask, int i0, int j) {
   int32_t lane_mask[W];
-  for (int lane = 0; lane < W; ++lane) lane_mask[lane] = -static_cast<int>(mask.visible(i0 + lane, j));
+  for (int lane = 0; lane < W; ++lane)
+    lane_mask[lane] = -static_cast<int>(mask.visible(i0 + lane, j));
   return load_as<vi>(lane_mask);
 }
 
@@ -151,13 +152,15 @@ FASTATTN_INLINE vf dot(vf acc, vf a, vf b) {  // acc + a.lo * b.lo + a.hi * b.hi
   return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 }
 FASTATTN_INLINE vf pairs(vf lo, vf hi) {  // each lane's two numbers, side by side
-  const __m512i by_lane = (__m512i)_mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo);  // lo 0..15, hi 0..15
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i by_lane =
+      (__m512i)_mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo);  // lo 0..15, hi 0..15
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return (vf)_mm512_permutexvar_epi16(order, by_lane);
 }
 FASTATTN_INLINE vf pairs(const bf16* lo, const bf16* hi) {
-  return (vf)(__builtin_convertvector(load_as<vh>(lo), vu) | (__builtin_convertvector(load_as<vh>(hi), vu) << 16));
+  return (vf)(__builtin_convertvector(load_as<vh>(lo), vu) |
+              (__builtin_convertvector(load_as<vh>(hi), vu) << 16));
 }
 FASTATTN_INLINE void store_bf16(bf16* p, vf first, vf second) {  // 2 W numbers in order
   store_as(p, _mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
@@ -172,7 +175,8 @@ template <int Degree>
 FASTATTN_INLINE vf exp2(vf x) {
   static_assert(Degree >= 4 && Degree <= 6);
   const float kShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
-  const vf t = x + kShift, r = x - (t - kShift);  // below -126 both may be anything: the last line drops them
+  const vf t = x + kShift,
+           r = x - (t - kShift);  // below -126 both may be anything: the last line drops them
   vf y;
   if constexpr (Degree == 6) {
     y = r * 0x1.41d334p-13f + 0x1.5f456ap-10f;
@@ -203,7 +207,8 @@ FASTATTN_INLINE vf ln(vf x) {
   const vf m = (vf)((vi)x - (e << 23)), s = (m - 1.0f) / (m + 1.0f), t = s * s;
   const vf series = s * t * (((t * (2.0f / 9) + 2.0f / 7) * t + 2.0f / 5) * t + 2.0f / 3);
   const vf power = __builtin_convertvector(e, vf);
-  return power * 0.693359375f + (power * -2.12194440e-4f + (series + 2.0f * s)) + (x - x);  // NaN for NaN and infinity
+  return power * 0.693359375f + (power * -2.12194440e-4f + (series + 2.0f * s)) +
+         (x - x);  // NaN for NaN and infinity
 }
 
 // Transpose W vectors of W lanes in place: at distance H, swap the lanes and rows that differ in bit H.
@@ -227,8 +232,10 @@ FASTATTN_INLINE vf upper(vf v, std::integer_sequence<int, lane...>) {
 }
 template <int Half = W / 2>
 FASTATTN_INLINE float sum(vf v) {  // in a fixed order: halves onto each other
-  if constexpr (Half == 0) return v[0];
-  else return sum<Half / 2>(v + upper<Half>(v, std::make_integer_sequence<int, W>{}));
+  if constexpr (Half == 0)
+    return v[0];
+  else
+    return sum<Half / 2>(v + upper<Half>(v, std::make_integer_sequence<int, W>{}));
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -19,7 +19,7 @@ QUICK_SECONDS, SECONDS = 1.1, 4.0  # what a row may take
 QUICK_MINUTES = 3.3  # what all rows may take, beside those that are long by themselves
 QUICK_PATIENCE, PATIENCE = 6.0, 90.0  # a contender that would need more is left out
 OWN = 3  # times as patient with ourselves
-TELLING = 2e-3  # seconds of a call from which the time of a larger one can be foretold
+TELLING = 5e-2  # seconds of a call from which the time of a larger one can be foretold
 CALLS = 5  # the fewest calls of a contender that make a row
 INTENSE = 40.0  # operations a byte above which nothing waits for memory
 

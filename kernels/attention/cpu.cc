@@ -21,6 +21,7 @@
 //
 // A tile is T = 64 (avx512), 24 (avx2) or 12 (scalar) queries; a block is kKeys keys, cut into runs of 16 whose
 // visible lanes are the same, so that a causal or windowed edge costs what it shows.
+// Forward and backward share one file of 600 lines because they share the picture, the runs and the operands.
 // Measured and refused: DESIGN.md.  Assumes unit stride on the last axis (api.py) and D, Dv <= 256 (limits).
 #define FASTATTN_CPU_FILE "kernels/attention/cpu.cc"
 #include "kernels/attention/op.h"
@@ -33,13 +34,13 @@
 
 #include "csrc/core/scores.h"
 #include "csrc/cpu/gemm.h"
+#include "csrc/cpu/pack.h"
+#include "csrc/cpu/runs.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
-constexpr int kKeys = 128;      // keys in a block; long backward passes take twice as many (BackwardOf)
-constexpr int kMaxKeys = 256;
-constexpr int kRun = 16;        // keys that share their visible lanes
+constexpr int kKeys = 128;  // keys in a block; long backward passes take twice as many (BackwardOf)
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 template <class T>
@@ -52,149 +53,6 @@ struct MulOf<bf16> {
   using type = Bf16Dot;
 };
 #endif
-
-constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// ---- runs: which lanes of a tile each part of a key block needs ------------------------------------------
-
-struct Run {
-  int j0, j1;  // keys, counted from the block's start
-  int v0, v1;  // vectors of the tile that see some of them
-  bool partial;
-  int keys() const { return j1 - j0; }
-  int vecs() const { return v1 - v0; }
-};
-
-struct Runs {
-  int count = 0;
-  Run run[kMaxKeys / kRun];
-  const Run* begin() const { return run; }
-  const Run* end() const { return run + count; }
-};
-
-template <class M>
-Runs runs_of(const M& mask, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-  Runs runs;
-  for (int64_t j = j0; j < j1; j += kRun) {
-    const int64_t je = std::min(j + kRun, j1);
-    const Range q = mask.queries(j, je);
-    const int64_t first = std::max(q.begin, i0), last = std::min(q.end, i1);
-    if (first >= last) continue;
-    const int v0 = static_cast<int>((first - i0) / W), v1 = static_cast<int>((last - i0 + W - 1) / W);
-    const bool partial = !mask.all(i0 + v0 * W, std::min(i0 + v1 * W, i1), j, je);
-    Run* const before = runs.run + runs.count - 1;
-    if (runs.count && before->j1 == j - j0 && before->v0 == v0 && before->v1 == v1 && before->partial == partial)
-      before->j1 = static_cast<int>(je - j0);
-    else
-      runs.run[runs.count++] = {static_cast<int>(j - j0), static_cast<int>(je - j0), v0, v1, partial};
-  }
-  return runs;
-}
-
-// ---- operands -------------------------------------------------------------------------------------------
-
-// One vector of 32-bit words from a row: floats, or bf16 pairs as they lie.  n counts numbers left in the row.
-template <class Mul, class T>
-FASTATTN_INLINE vf load_words(const T* p, int64_t n) {
-  if constexpr (Mul::kPack == 2) {
-    if (n >= 2 * W) return load_as<vf>(p);
-    T padded[2 * W] = {};
-    std::memcpy(padded, p, n * sizeof(T));
-    return load_as<vf>(padded);
-  } else {
-    return n >= W ? load(p) : load(p, n);
-  }
-}
-
-// Rows [i0, i1) as the right operand of a product over their columns: to [ceil(D / pack) x T], a query a lane.
-template <class Mul, class T>
-void pack_lanes(float* to, Strided<const T> rows, int64_t i0, int64_t i1, int64_t D) {
-  for (int v = 0; v < kVecs; ++v)
-    for (int64_t d = 0; d < D; d += W * Mul::kPack) {
-      vf block[W];
-#pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) {
-        const int64_t i = i0 + v * W + r;
-        block[r] = i < i1 ? load_words<Mul>(rows[i] + d, D - d) : vf{};
-      }
-      transpose(block);
-      const int64_t word = d / Mul::kPack, words = (D - d + Mul::kPack - 1) / Mul::kPack;
-#pragma GCC unroll 16
-      for (int r = 0; r < W; ++r)
-        if (r < words) store(to + (word + r) * kTile + v * W, block[r]);
-    }
-}
-
-// Rows [i0, i1) as an operand of a product over the rows: to [ceil(N / pack) x up(D, W)], padded with zeros up to N.
-template <class Mul, class T>
-void pack_rows(float* to, Strided<const T> rows, int64_t i0, int64_t i1, int64_t N, int64_t D) {
-  const int64_t width = up(D, W);
-  for (int64_t i = i0; i < i0 + N; i += Mul::kPack, to += width)
-    for (int64_t d = 0; d < width; d += W) {
-      vf x{};
-      if constexpr (Mul::kPack == 1) {
-        if (i < i1) x = load_words<Mul>(rows[i] + d, D - d);
-      }
-#if FASTATTN_HAS_BF16DOT
-      if constexpr (Mul::kPack == 2) {
-        static const T zeros[W] = {};
-        T tails[2][W] = {};
-        const T* row[2];
-        for (int half = 0; half < 2; ++half) {
-          row[half] = i + half < i1 ? rows[i + half] + d : zeros;
-          if (i + half < i1 && D - d < W)
-            row[half] = static_cast<T*>(std::memcpy(tails[half], row[half], (D - d) * sizeof(T)));
-        }
-        x = pairs(row[0], row[1]);
-      }
-#endif
-      store(to + d, x);
-    }
-}
-
-// Rows [j0, j1) to be broadcast along their columns: A[j][d].  In place where the numbers can be multiplied as
-// they lie, else copied to `to` [N x up(D, W)] (Fma) or [N x words up to a multiple of W] (odd bf16).
-template <class Mul, class T>
-Words along_columns(float* to, Strided<const T> rows, int64_t j0, int64_t j1, int64_t D) {
-  if ((std::is_same_v<T, float>) || (Mul::kPack == 2 && D % 2 == 0))
-    return {reinterpret_cast<const char*>(rows[j0]), rows.step * static_cast<int64_t>(sizeof(T)), 4};
-  const int64_t width = up((D + Mul::kPack - 1) / Mul::kPack, W);
-  for (int64_t j = j0; j < j1; ++j)
-    for (int64_t d = 0; d < D; d += W * Mul::kPack)
-      store(to + (j - j0) * width + d / Mul::kPack, load_words<Mul>(rows[j] + d, D - d));
-  return {reinterpret_cast<const char*>(to), width * 4, 4};
-}
-
-// Rows [j0, j1) to be broadcast across: A[d][j].  bf16 pairs are of neighbouring rows, so they are always copied.
-template <class Mul, class T>
-Words across_rows(float* to, Strided<const T> rows, int64_t j0, int64_t j1, int64_t D) {
-  if constexpr (Mul::kPack == 1) {
-    const Words columns = along_columns<Mul>(to, rows, j0, j1, D);
-    return {columns.base, columns.step, columns.row};
-  } else {
-    pack_rows<Mul>(to, rows, j0, j1, up(j1 - j0, 2), D);
-    return {reinterpret_cast<const char*>(to), 4, up(D, W) * 4};
-  }
-}
-
-// X^T [D x T] scaled lane by lane, back to rows [i0, i1) in their own type.
-template <class T>
-void unpack_lanes(Strided<T> rows, int64_t i0, int64_t i1, const float* from, int64_t D, const float* factor) {
-  for (int v = 0; i0 + v * W < i1; ++v) {
-    const vf by = load(factor + v * W);
-    for (int64_t d = 0; d < D; d += W) {
-      vf block[W];
-#pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) block[r] = d + r < D ? load(from + (d + r) * kTile + v * W) * by : vf{};
-      transpose(block);
-#pragma GCC unroll 16
-      for (int r = 0; r < W; ++r) {
-        const int64_t i = i0 + v * W + r;
-        if (i < i1) D - d >= W ? store(rows[i] + d, block[r]) : store(rows[i] + d, block[r], D - d);
-      }
-    }
-  }
-}
 
 template <class T>
 Strided<T> head(const View<T, 4>& t, int64_t b, int64_t h) {
@@ -232,7 +90,8 @@ struct Logits {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         vf x = score.logit(acc[r][v]);
-        if (partial) x = select(visible(mask, i0 + v * W, static_cast<int>(j0 + r0 + r)), x, splat(-kInf));
+        if (partial)
+          x = select(visible(mask, i0 + v * W, static_cast<int>(j0 + r0 + r)), x, splat(-kInf));
         top[v] = max(top[v], x);
         store(s + (r0 + r) * kTile + v * W, x);
       }
@@ -288,20 +147,27 @@ struct Forward {
 
   void operator()(int64_t task) {
     const int64_t b = task / tasks_per_head / Hq, h = task / tasks_per_head % Hq, hk = h / group;
-    const int64_t first = (tasks_per_head - 1 - task % tasks_per_head) * tiles_per_task;  // longest rows first
+    const int64_t first =
+        (tasks_per_head - 1 - task % tasks_per_head) * tiles_per_task;  // longest rows first
     const int64_t words = up(D, Mul::kPack) / Mul::kPack;
     constexpr int kMost = 4;
-    Carver carver{static_cast<float*>(
-        scratch(4 * (kMost * (words + Dv + 3) * kTile + kKeys * (kTile + up(D, W) + up(Dv, W)) + 16 * 32)))};
-    float *s = carver.take(kKeys * kTile), *kc = carver.take(kKeys * up(D, W)), *vc = carver.take(kKeys * up(Dv, W));
+    Carver carver{
+        static_cast<float*>(scratch(4 * (kMost * (words + Dv + 3) * kTile +
+                                         kKeys * (kTile + up(D, W) + up(Dv, W)) + 16 * 32)))};
+    float *s = carver.take(kKeys * kTile), *kc = carver.take(kKeys * up(D, W)),
+          *vc = carver.take(kKeys * up(Dv, W));
 
     Tile tiles[kMost];
     int count = 0;
     Range keys{Nk, 0};
     for (int64_t t = first; t < first + tiles_per_task && t * kTile < Nq; ++t) {
       Tile& tile = tiles[count++];
-      tile = {carver.take(words * kTile), carver.take(Dv * kTile), carver.take(kTile), carver.take(kTile),
-              t * kTile, std::min((t + 1) * kTile, Nq)};
+      tile = {carver.take(words * kTile),
+              carver.take(Dv * kTile),
+              carver.take(kTile),
+              carver.take(kTile),
+              t * kTile,
+              std::min((t + 1) * kTile, Nq)};
       pack_lanes<Mul>(tile.qt, head(q, b, h), tile.i0, tile.i1, D);
       std::fill_n(tile.ot, Dv * kTile, 0.0f);
       std::fill_n(tile.m, kTile, -kInf);
@@ -311,7 +177,8 @@ struct Forward {
     }
 
     const Strided<const T> ks = head(k, b, hk), vs = head(v, b, hk);
-    for (int64_t j0 = keys.begin / kKeys * kKeys; j0 < keys.end; j0 += kKeys) {  // blocks lie where they lie for all
+    for (int64_t j0 = keys.begin / kKeys * kKeys; j0 < keys.end;
+         j0 += kKeys) {  // blocks lie where they lie for all
       const int64_t j1 = std::min(j0 + kKeys, Nk);
       const Words kw = along_columns<Mul>(kc, ks, j0, j1, D);
       const Words vt = across_rows<Mul>(vc, vs, j0, j1, Dv);
@@ -321,23 +188,31 @@ struct Forward {
   }
 
   // One block of keys into one tile of queries.
-  void absorb(const Tile& tile, float* s, Words kw, Words vt, int64_t j0, int64_t j1, int64_t words) {
+  void absorb(const Tile& tile, float* s, Words kw, Words vt, int64_t j0, int64_t j1,
+              int64_t words) {
     const Runs runs = runs_of(mask, tile.i0, tile.i1, j0, j1);
     if (!runs.count) return;
     alignas(64) float m[kTile];
     std::memcpy(m, tile.m, sizeof m);
     for (const Run& run : runs) {
-      Logits<Mul, M, Score> logits{s + run.j0 * kTile + run.v0 * W, m + run.v0 * W, kw.at(run.j0, 0),
-                                   tile.qt + run.v0 * W, words, mask, score, static_cast<int>(tile.i0 + run.v0 * W),
-                                   static_cast<int>(j0 + run.j0), run.partial};
+      Logits<Mul, M, Score> logits{s + run.j0 * kTile + run.v0 * W,
+                                   m + run.v0 * W,
+                                   kw.at(run.j0, 0),
+                                   tile.qt + run.v0 * W,
+                                   words,
+                                   mask,
+                                   score,
+                                   static_cast<int>(tile.i0 + run.v0 * W),
+                                   static_cast<int>(j0 + run.j0),
+                                   run.partial};
       for_tiles(logits, run.keys(), run.vecs());
     }
     rescale(tile, m);
     for (const Run& run : runs) exponentiate<Mul>(s, m, tile.l, run);
     for (const Run& run : runs)
       accumulate<Mul>(tile.ot + run.v0 * W, kTile, vt.at(0, run.j0 / Mul::kPack),
-                      s + run.j0 / Mul::kPack * kTile + run.v0 * W, kTile, up(run.keys(), Mul::kPack) / Mul::kPack, Dv,
-                      run.vecs());
+                      s + run.j0 / Mul::kPack * kTile + run.v0 * W, kTile,
+                      up(run.keys(), Mul::kPack) / Mul::kPack, Dv, run.vecs());
   }
 
   // The maximum rose from tile.m to m: shrink what was summed, where it rose by more than 2^8; a smaller rise only
@@ -364,25 +239,38 @@ struct Forward {
       const vf log = m * 0.693359375f + (m * -2.12194440e-4f + ln(l));  // ln 2 in two parts
       float* const to = &lse(b, h, tile.i0 + v * W);
       const vf result = select(l == 0.0f, splat(-kInf), log);
-      tile.i1 - tile.i0 - v * W >= W ? store(to, result) : store(to, result, tile.i1 - tile.i0 - v * W);
+      tile.i1 - tile.i0 - v* W >= W ? store(to, result)
+                                    : store(to, result, tile.i1 - tile.i0 - v * W);
     }
     unpack_lanes(head(o, b, h), tile.i0, tile.i1, tile.ot, Dv, s);
   }
 };
 
-template <class M>
 struct ForwardOf {
   Tensor o, lse, q, k, v;
-  const M& mask;
   float scale;
-  template <class T>
-  void operator()(Type<T>) const {
-    const int64_t Hq = q.shape[1], Nq = q.shape[2], heads = q.shape[0] * Hq, tiles = up(Nq, kTile) / kTile;
-    const int64_t share = heads * tiles / (4 * num_threads());  // several tiles share the copies of a key block
+  template <class T, class M>
+  void operator()(Type<T>, const M& mask) const {
+    const int64_t Hq = q.shape[1], Nq = q.shape[2], heads = q.shape[0] * Hq,
+                  tiles = up(Nq, kTile) / kTile;
+    const int64_t share =
+        heads * tiles / (4 * num_threads());  // several tiles share the copies of a key block
     const int64_t per_task = std::is_same_v<T, float> ? 1 : std::clamp<int64_t>(share, 1, 4);
-    Forward<T, M, Scale> f{View<T, 4>(o), View<float, 3>(lse), View<const T, 4>(q), View<const T, 4>(k),
-                           View<const T, 4>(v), mask, Scale{scale}, q.shape[0], Hq,
-                           Hq / std::max<int64_t>(k.shape[1], 1), Nq, k.shape[2], q.shape[3], v.shape[3], per_task,
+    Forward<T, M, Scale> f{View<T, 4>(o),
+                           View<float, 3>(lse),
+                           View<const T, 4>(q),
+                           View<const T, 4>(k),
+                           View<const T, 4>(v),
+                           mask,
+                           Scale{scale},
+                           q.shape[0],
+                           Hq,
+                           Hq / std::max<int64_t>(k.shape[1], 1),
+                           Nq,
+                           k.shape[2],
+                           q.shape[3],
+                           v.shape[3],
+                           per_task,
                            up(tiles, per_task) / per_task};
     parallel_for(heads * f.tasks_per_head, f);
   }
@@ -395,7 +283,8 @@ template <class Mul, class T, class M, class Score>
 struct Probabilities {
   float* p;
   T* pa;  // bf16 [J x T] where pairs are multiplied, else unused: p itself serves
-  const float *lse, *lse_low;  // log2(e) lse in two parts: rounding it to one would be most of P's error
+  const float *lse,
+      *lse_low;  // log2(e) lse in two parts: rounding it to one would be most of P's error
   Words k;
   const float* q;
   int64_t words;
@@ -412,7 +301,8 @@ struct Probabilities {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
-        vf x = exp2<Mul::kExpDegree>((score.logit(acc[r][v]) - load(lse + v * W)) - load(lse_low + v * W));
+        vf x = exp2<Mul::kExpDegree>((score.logit(acc[r][v]) - load(lse + v * W)) -
+                                     load(lse_low + v * W));
         if (partial) x = select(visible(mask, i0 + v * W, static_cast<int>(j0 + r0 + r)), x, vf{});
         store(p + (r0 + r) * kTile + v * W, x);
         if constexpr (Mul::kPack == 2) store(pa + (r0 + r) * kTile + v * W, x);
@@ -423,9 +313,9 @@ struct Probabilities {
 // dS^T = P^T (V dO^T - delta + dlse), where P^T was: float32, or bf16 twice: by keys for dK, as pairs of keys for dQ.
 template <class Mul, class T, class Score>
 struct LogitGradients {
-  float* p;        // P, then dS (Fma) or dS as pairs of keys (Bf16Dot), row j / 2
-  T* da;           // dS by keys (Bf16Dot)
-  float* db;       // dS as pairs of keys (Bf16Dot)
+  float* p;   // P, then dS (Fma) or dS as pairs of keys (Bf16Dot), row j / 2
+  T* da;      // dS by keys (Bf16Dot)
+  float* db;  // dS as pairs of keys (Bf16Dot)
   const float *delta, *dlse;
   Words v;
   const float* dout;
@@ -451,7 +341,8 @@ struct LogitGradients {
         if constexpr (Mul::kPack == 2) {
           store(da + (r0 + r) * kTile + v * W, acc[r][v]);
           if (r % 2 == 0)  // an odd last key has a partner of zeros
-            store(db + (r0 + r) / 2 * kTile + v * W, pairs(acc[r][v], r + 1 < R ? acc[r + 1 < R ? r + 1 : r][v] : vf{}));
+            store(db + (r0 + r) / 2 * kTile + v * W,
+                  pairs(acc[r][v], r + 1 < R ? acc[r + 1 < R ? r + 1 : r][v] : vf{}));
         }
 #endif
       }
@@ -491,12 +382,15 @@ struct Backward {
 
   void operator()(int64_t task) {
     // A few heads at a time, block after block: by the time a block's turn comes, the one before it is long done.
-    const int64_t set = task / (heads_at_once * blocks) * heads_at_once, at_once = std::min(heads_at_once, heads - set);
-    const int64_t in_set = task - set * blocks, head_index = set + in_set % at_once, index = in_set / at_once;
+    const int64_t set = task / (heads_at_once * blocks) * heads_at_once,
+                  at_once = std::min(heads_at_once, heads - set);
+    const int64_t in_set = task - set * blocks, head_index = set + in_set % at_once,
+                  index = in_set / at_once;
     const int64_t b = head_index / Hk, hk = head_index % Hk;
     const int64_t wide = up(D, W), wide_v = up(Dv, W);
-    Carver carver{static_cast<float*>(scratch(
-        4 * (3 * block * (wide + wide_v) + 2 * kTile * (wide + wide_v) + (block * 4 + 4) * kTile + 16 * 32)))};
+    Carver carver{
+        static_cast<float*>(scratch(4 * (3 * block * (wide + wide_v) + 2 * kTile * (wide + wide_v) +
+                                         (block * 4 + 4) * kTile + 16 * 32)))};
     Block x;
     x.index = index, x.j0 = index * block, x.j1 = std::min(x.j0 + block, Nk);
     const Strided<const T> ks = head(k, b, hk), vs = head(v, b, hk);
@@ -507,14 +401,17 @@ struct Backward {
     x.qt = carver.take(wide * kTile), x.dot = carver.take(wide_v * kTile);
     x.qr = carver.take(wide * kTile), x.dor = carver.take(wide_v * kTile);
     x.p = carver.take(block * kTile), x.db = carver.take(block * kTile);
-    x.pa = reinterpret_cast<T*>(carver.take(block * kTile)), x.da = reinterpret_cast<T*>(carver.take(block * kTile));
-    x.lse = carver.take(kTile), x.lse_low = carver.take(kTile), x.delta = carver.take(kTile), x.dlse = carver.take(kTile);
+    x.pa = reinterpret_cast<T*>(carver.take(block * kTile)),
+    x.da = reinterpret_cast<T*>(carver.take(block * kTile));
+    x.lse = carver.take(kTile), x.lse_low = carver.take(kTile), x.delta = carver.take(kTile),
+    x.dlse = carver.take(kTile);
     std::fill_n(x.dk, block * wide, 0.0f);
     std::fill_n(x.dv, block * wide_v, 0.0f);
 
     const Range seen = mask.queries(x.j0, x.j1);
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h)
-      for (int64_t t = (seen.end + kTile - 1) / kTile; t-- > seen.begin / kTile;) absorb(x, b, h, t);
+      for (int64_t t = (seen.end + kTile - 1) / kTile; t-- > seen.begin / kTile;)
+        absorb(x, b, h, t);
 
     store_rows(head(dk, b, hk), x.j0, x.j1, x.dk, D);
     store_rows(head(dv, b, hk), x.j0, x.j1, x.dv, Dv);
@@ -522,7 +419,8 @@ struct Backward {
 
   // One tile of queries into one block of keys, and the block's share of the tile's dQ.
   void absorb(const Block& x, int64_t b, int64_t h, int64_t t) {
-    const int64_t i0 = t * kTile, i1 = std::min(i0 + kTile, Nq), wide = up(D, W), wide_v = up(Dv, W);
+    const int64_t i0 = t * kTile, i1 = std::min(i0 + kTile, Nq), wide = up(D, W),
+                  wide_v = up(Dv, W);
     const Range order = blocks_of(i0, i1);
     if (x.index < order.begin || x.index >= order.end) return;
     const Runs runs = runs_of(mask, i0, i1, x.j0, x.j1);
@@ -541,31 +439,49 @@ struct Backward {
 
     for (const Run& run : runs) {
       const int64_t lane = run.v0 * W, at = run.j0 * kTile + lane;
-      Probabilities<Mul, T, M, Scale> probabilities{x.p + at, x.pa + at, x.lse + lane, x.lse_low + lane,
-                                                    x.k.at(run.j0, 0), x.qt + lane, up(D, Mul::kPack) / Mul::kPack, mask, score,
-                                                    static_cast<int>(i0 + lane), static_cast<int>(x.j0 + run.j0),
+      Probabilities<Mul, T, M, Scale> probabilities{x.p + at,
+                                                    x.pa + at,
+                                                    x.lse + lane,
+                                                    x.lse_low + lane,
+                                                    x.k.at(run.j0, 0),
+                                                    x.qt + lane,
+                                                    up(D, Mul::kPack) / Mul::kPack,
+                                                    mask,
+                                                    score,
+                                                    static_cast<int>(i0 + lane),
+                                                    static_cast<int>(x.j0 + run.j0),
                                                     run.partial};
       for_tiles(probabilities, run.keys(), run.vecs());
-      const int64_t first = run.v0 * W / Mul::kPack, lanes = run.vecs() * W / Mul::kPack;  // words of the queries
-      accumulate<Mul>(x.dv + run.j0 * wide_v, wide_v, left(x.p, x.pa).at(run.j0, first), x.dor + first * wide_v,
-                      wide_v, lanes, run.keys(), static_cast<int>(wide_v / W));
-      LogitGradients<Mul, T, Scale> gradients{x.p + at, x.da + at, x.db + run.j0 / 2 * kTile + lane, x.delta + lane,
-                                              x.dlse + lane, x.v.at(run.j0, 0), x.dot + lane, up(Dv, Mul::kPack) / Mul::kPack, score};
+      const int64_t first = run.v0 * W / Mul::kPack,
+                    lanes = run.vecs() * W / Mul::kPack;  // words of the queries
+      accumulate<Mul>(x.dv + run.j0 * wide_v, wide_v, left(x.p, x.pa).at(run.j0, first),
+                      x.dor + first * wide_v, wide_v, lanes, run.keys(),
+                      static_cast<int>(wide_v / W));
+      LogitGradients<Mul, T, Scale> gradients{x.p + at,
+                                              x.da + at,
+                                              x.db + run.j0 / 2 * kTile + lane,
+                                              x.delta + lane,
+                                              x.dlse + lane,
+                                              x.v.at(run.j0, 0),
+                                              x.dot + lane,
+                                              up(Dv, Mul::kPack) / Mul::kPack,
+                                              score};
       for_tiles(gradients, run.keys(), run.vecs());
-      accumulate<Mul>(x.dk + run.j0 * wide, wide, left(x.p, x.da).at(run.j0, first), x.qr + first * wide, wide, lanes,
-                      run.keys(), static_cast<int>(wide / W));
+      accumulate<Mul>(x.dk + run.j0 * wide, wide, left(x.p, x.da).at(run.j0, first),
+                      x.qr + first * wide, wide, lanes, run.keys(), static_cast<int>(wide / W));
     }
 
     // dQ is a sum over key blocks, in their order whichever thread holds them: wait for the turn.  Tasks begin in
     // order (parallel_for), so the block waited for is always being worked on.
     std::atomic_ref<int32_t> turn(turns(b, h, t));
-    for (int spins = 0; turn.load(std::memory_order_acquire) != x.index - order.begin; ++spins) relax(spins);
+    for (int spins = 0; turn.load(std::memory_order_acquire) != x.index - order.begin; ++spins)
+      relax(spins);
     float* const sum = dq_tiles.at(b, h) + t * kTile * D;
     if (x.index == order.begin) std::fill_n(sum, D * kTile, 0.0f);
     for (const Run& run : runs)
       accumulate<Mul>(sum + run.v0 * W, kTile, x.kt.at(0, run.j0 / Mul::kPack),
-                      (Mul::kPack == 1 ? x.p : x.db) + run.j0 / Mul::kPack * kTile + run.v0 * W, kTile,
-                      up(run.keys(), Mul::kPack) / Mul::kPack, D, run.vecs());
+                      (Mul::kPack == 1 ? x.p : x.db) + run.j0 / Mul::kPack * kTile + run.v0 * W,
+                      kTile, up(run.keys(), Mul::kPack) / Mul::kPack, D, run.vecs());
     if (x.index == order.end - 1) {
       std::fill_n(x.delta, kTile, 1.0f);
       unpack_lanes(head(dq, b, h), i0, i1, sum, D, x.delta);
@@ -573,7 +489,8 @@ struct Backward {
     turn.store(static_cast<int32_t>(x.index - order.begin + 1), std::memory_order_release);
   }
 
-  static Words left(const float* wide, const T* narrow) {  // P or dS, to be broadcast along the queries
+  static Words left(const float* wide,
+                    const T* narrow) {  // P or dS, to be broadcast along the queries
     if constexpr (Mul::kPack == 1) return {reinterpret_cast<const char*>(wide), kTile * 4, 4};
     return {reinterpret_cast<const char*>(narrow), kTile * 2, 4};
   }
@@ -619,22 +536,42 @@ struct Prepare {
   }
 };
 
-template <class M>
 struct BackwardOf {
   Tensor dq, dk, dv, delta, dq_tiles, turns, dout;
   std::optional<Tensor> dlse;
   Tensor q, k, v, o, lse;
-  const M& mask;
   float scale;
-  template <class T>
-  void operator()(Type<T>) const {
-    const int64_t Hq = q.shape[1], Hk = k.shape[1], Nq = q.shape[2], Nk = k.shape[2], tiles = up(Nq, kTile) / kTile;
-    const int64_t block = Nk < 1024 ? kKeys : kMaxKeys;  // longer amortises a tile's packing, shorter feeds more threads
-    Backward<T, M> f{View<T, 4>(dq), View<T, 4>(dk), View<T, 4>(dv), View<float, 3>(delta), View<float, 4>(dq_tiles),
-                     View<int32_t, 3>(turns), View<const T, 4>(q), View<const T, 4>(k), View<const T, 4>(v),
-                     View<const T, 4>(dout), View<const float, 3>(lse), mask, Scale{scale}, Hk,
-                     Hq / std::max<int64_t>(Hk, 1), Nq, Nk, q.shape[3], v.shape[3], block, up(Nk, block) / block,
-                     q.shape[0] * Hk, 2 * num_threads(), {}};
+  template <class T, class M>
+  void operator()(Type<T>, const M& mask) const {
+    const int64_t Hq = q.shape[1], Hk = k.shape[1], Nq = q.shape[2], Nk = k.shape[2],
+                  tiles = up(Nq, kTile) / kTile;
+    const int64_t block =
+        Nk < 1024 ? kKeys
+                  : kMaxKeys;  // longer amortises a tile's packing, shorter feeds more threads
+    Backward<T, M> f{View<T, 4>(dq),
+                     View<T, 4>(dk),
+                     View<T, 4>(dv),
+                     View<float, 3>(delta),
+                     View<float, 4>(dq_tiles),
+                     View<int32_t, 3>(turns),
+                     View<const T, 4>(q),
+                     View<const T, 4>(k),
+                     View<const T, 4>(v),
+                     View<const T, 4>(dout),
+                     View<const float, 3>(lse),
+                     mask,
+                     Scale{scale},
+                     Hk,
+                     Hq / std::max<int64_t>(Hk, 1),
+                     Nq,
+                     Nk,
+                     q.shape[3],
+                     v.shape[3],
+                     block,
+                     up(Nk, block) / block,
+                     q.shape[0] * Hk,
+                     2 * num_threads(),
+                     {}};
     if (dlse) f.dlse.emplace(*dlse);
     Prepare<T, M> prepare{f, View<const T, 4>(o), Hq, tiles};
     parallel_for(q.shape[0] * Hq * tiles, prepare);
@@ -642,21 +579,40 @@ struct BackwardOf {
   }
 };
 
+// Run-time values become types here, once: `run` is called with the element type and the mask.
+template <class Run>
+struct WithMask {
+  const Run& run;
+  DType dtype;
+
+  template <class M>
+  struct WithType {
+    const Run& run;
+    const M& mask;
+    template <class T>
+    void operator()(Type<T> type) const {
+      run(type, mask);
+    }
+  };
+  template <class M>
+  void operator()(const M& mask) const {
+    dispatch(types<float, bf16, f16>, "q.dtype", dtype, WithType<M>{run, mask});
+  }
+};
+
 }  // namespace
 
 void attention_fwd(Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v, Ints mask, double scale) {
-  const Mask any_mask = make_mask(mask, q.shape[2], k.shape[2]);
-  const Band& band = std::get<Band>(any_mask);
-  dispatch(types<float, bf16, f16>, "q.dtype", q.dtype, ForwardOf<Band>{o, lse, q, k, v, band, static_cast<float>(scale)});
+  const ForwardOf run{o, lse, q, k, v, static_cast<float>(scale)};
+  std::visit(WithMask<ForwardOf>{run, q.dtype}, make_mask(mask, q.shape[2], k.shape[2]));
 }
 
-void attention_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor dq_tiles, Tensor turns, Tensor dout,
-                   std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Ints mask,
-                   double scale) {
-  const Mask any_mask = make_mask(mask, q.shape[2], k.shape[2]);
-  dispatch(types<float, bf16, f16>, "q.dtype", q.dtype,
-           BackwardOf<Band>{dq, dk, dv, delta, dq_tiles, turns, dout, dlse, q, k, v, o, lse, std::get<Band>(any_mask),
-                            static_cast<float>(scale)});
+void attention_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor dq_tiles, Tensor turns,
+                   Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor o,
+                   Tensor lse, Ints mask, double scale) {
+  const BackwardOf run{dq,   dk, dv, delta, dq_tiles, turns, dout,
+                       dlse, q,  k,  v,     o,        lse,   static_cast<float>(scale)};
+  std::visit(WithMask<BackwardOf>{run, q.dtype}, make_mask(mask, q.shape[2], k.shape[2]));
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -25,9 +25,9 @@ class Rows(NamedTuple):
 
 
 def rows(t):
-    """A tensor [B, H, N, D], or [B, H, N] of one number a row."""
-    strides = t.stride() if t.dim() == 4 else (*t.stride(), 0)
-    reach = (t.shape[2] + 256) * strides[2] + 256 * strides[3]  # tiles overhang by less than 256
+    """A tensor [B, H, N, D], or [B, H, N] of one number a row, or [N, D] of a single head."""
+    strides = {4: t.stride(), 3: (*t.stride(), 0), 2: (0, 0, *t.stride())}[t.dim()]
+    reach = (t.shape[-2 if t.dim() != 3 else -1] + 256) * strides[2] + 256 * strides[3]  # tiles overhang by less than 256
     return Rows(t, *strides, tl.constexpr(reach >= 1 << 31))
 
 
@@ -63,10 +63,12 @@ def load(t, b, h, i0, N, NUM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def store(t, b, h, i0, tile, N, NUM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a float32 tile to rows i0 .. i0 + NUM, and return it as rounded."""
     i = i0 + tl.arange(0, NUM)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
-    m_tile = (i < N) & (d < WIDTH)
-    tl.store(_place(t, b, h, i, d), narrow(tile, t.p.dtype.element_ty), mask=m_tile)
+    tile = narrow(tile, t.p.dtype.element_ty)
+    tl.store(_place(t, b, h, i, d), tile, mask=(i < N) & (d < WIDTH))
+    return tile
 
 
 @triton.jit
