@@ -78,8 +78,8 @@ sanitize: .venv/requirements
 gpu-check: export PYTHONPATH := $(CURDIR)/build/gpu/site
 gpu-check:
 	$(PYTHON) setup.py --quiet build --build-base build/gpu --build-lib build/gpu/site
-	cd build/gpu && $(PYTHON) -m fastattn verify --device cuda --json verify.jsonl
-	cd build/gpu && $(PYTHON) -m fastattn bench --device cuda --quick --peers --json bench.jsonl
+	cd build/gpu && $(PYTHON) -m fastattn verify --device cuda --json results.jsonl
+	cd build/gpu && $(PYTHON) -m fastattn bench --device cuda --quick --peers --json results.jsonl
 
 clean:
 	rm -rf .venv build *.egg-info fastattn/_c*.so

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,14 +25,12 @@ class Axes:
         self.bind = _compile(self.specs)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[int, ...]:
-        sizes = self.bind(*tensors)
+        sizes: tuple[int, ...] | None = self.bind(*tensors)
         if sizes is None:
             self._refuse_rank(tensors)
             self._refuse_kind(tensors)
             self._refuse_size(tensors)
-        if tensors[0].dtype not in DTYPES:
-            self._refuse_rank(tensors)
-            raise ValueError(f"{self.function}: {self._kinds(tensors)}; they take {shown(*DTYPES)}")
+            raise AssertionError(f"{self.function}: {tensors} is refused for no reason")
         return sizes
 
     def _owner(self, position: int) -> str:
@@ -57,7 +54,9 @@ class Axes:
                     f"{self.function}: {name} is {type(t).__name__}; it takes a tensor [{', '.join(letters)}]"
                 )
             if t.layout is not torch.strided:
-                raise ValueError(f"{self.function}: {name} is a {shown(t.layout)} tensor; it takes a dense one")
+                raise ValueError(
+                    f"{self.function}: {name} is a {shown(t.layout)} tensor; it takes a dense one"
+                )
             if t.dim() != len(letters):
                 raise ValueError(
                     f"{self.function}: {name} has {t.dim()} axes, {list(t.shape)}; "
@@ -65,12 +64,17 @@ class Axes:
                 )
 
     def _refuse_kind(self, tensors: tuple[Any, ...]) -> None:
-        if len({(t.dtype, t.device) for t in tensors}) == 1:
-            return
-        raise ValueError(f"{self.function}: {self._kinds(tensors)}; they must share one dtype and one device")
+        if len({(t.dtype, t.device) for t in tensors}) > 1:
+            raise ValueError(
+                f"{self.function}: {self._kinds(tensors)}; they must share one dtype and one device"
+            )
+        if tensors[0].dtype not in DTYPES:
+            raise ValueError(f"{self.function}: {self._kinds(tensors)}; they take {shown(*DTYPES)}")
 
     def _kinds(self, tensors: tuple[Any, ...]) -> str:
-        return ", ".join(f"{name} is {shown(t.dtype)} on {t.device}" for name, t in zip(self.specs, tensors))
+        return ", ".join(
+            f"{name} is {shown(t.dtype)} on {t.device}" for name, t in zip(self.specs, tensors)
+        )
 
     def _refuse_size(self, tensors: tuple[Any, ...]) -> None:
         sizes = [size for t in tensors for size in t.shape]
@@ -85,8 +89,11 @@ class Axes:
 
 def _compile(specs: dict[str, list[str]]) -> Callable[..., Any]:
     """The check as straight code, for it runs at every call: the sizes, or None where anything is off."""
-    lead, seen = next(iter(specs)), list(dict.fromkeys(x for letters in specs.values() for x in letters))
-    lines, same, known = [], [], set()
+    lead, seen = (
+        next(iter(specs)),
+        list(dict.fromkeys(x for letters in specs.values() for x in letters)),
+    )
+    lines, same, known = [], [f"{lead}.dtype not in dtypes"], set()
     for name, letters in specs.items():
         fresh = [x if x not in known else f"{x}_{name}" for x in letters]
         same += [f"{x}_{name} != {x}" for x in letters if x in known]
@@ -95,20 +102,27 @@ def _compile(specs: dict[str, list[str]]) -> Callable[..., Any]:
         same.append(f"{name}.layout is not strided")
         if name != lead:
             same += [f"{name}.dtype != {lead}.dtype", f"{name}.device != {lead}.device"]
-    source = "\n".join(
-        [f"def bind({', '.join(specs)}):", "    try:", *lines, f"        if {' or '.join(same) or 'False'}:"]
-        + ["            return None", "    except (AttributeError, ValueError, TypeError):", "        return None"]
-        + [f"    return {', '.join(seen)},"]
-    )
-    scope: dict[str, Any] = {"strided": torch.strided}
-    exec(source, scope)
+    source = [
+        f"def bind({', '.join(specs)}):",
+        "    try:",
+        *lines,
+        f"        if {' or '.join(same)}:",
+        "            return None",
+        "    except (AttributeError, ValueError, TypeError):",
+        "        return None",
+        f"    return {', '.join(seen)},",
+    ]
+    scope: dict[str, Any] = {"strided": torch.strided, "dtypes": DTYPES}
+    exec("\n".join(source), scope)
     return scope["bind"]  # type: ignore[no-any-return]
 
 
 def number(function: str, name: str, value: Any) -> float:
     """``value`` as a float.  A tensor is refused: it would get no gradient."""
     if not isinstance(value, (int, float)) and not isinstance(value, numbers.Real):
-        raise ValueError(f"{function}: {name} is {repr(value) if isinstance(value, str) else type(value).__name__}; it takes a number")
+        raise ValueError(
+            f"{function}: {name} is {repr(value) if isinstance(value, str) else type(value).__name__}; it takes a number"
+        )
     return float(value)
 
 

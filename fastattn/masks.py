@@ -24,7 +24,9 @@ class Mask:
         """The integers that kernels in every language read: [kind, parameters...]."""
         return self.band().encode()
 
-    def materialize(self, Nq: int, Nk: int, device: torch.device | str | None = None) -> torch.Tensor:
+    def materialize(
+        self, Nq: int, Nk: int, device: torch.device | str | None = None
+    ) -> torch.Tensor:
         """The dense bool mask [Nq, Nk], True where query i may attend to key j."""
         return materialize(self.encode(), Nq, Nk, device)
 
@@ -35,9 +37,14 @@ class Mask:
 
     def __str__(self) -> str:
         """The mask in a test id: ``Causal``, ``Window(7,0)``."""
-        given = [(getattr(self, f.name), f.default) for f in getattr(self, "__dataclass_fields__", {}).values()]
+        given = [
+            (getattr(self, f.name), f.default)
+            for f in getattr(self, "__dataclass_fields__", {}).values()
+        ]
         shown = ",".join(str(value) for value, _ in given)
-        return type(self).__name__ + (f"({shown})" if any(value != default for value, default in given) else "")
+        return type(self).__name__ + (
+            f"({shown})" if any(value != default for value, default in given) else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ class Band(Mask):
         return self
 
     def encode(self) -> list[int]:
-        return [KINDS.index("band"), self.left, self.right, self.left_top, self.right_top]
+        bounds = (self.left, self.right, self.left_top, self.right_top)
+        return [KINDS.index("band"), *(max(-UNBOUNDED, min(bound, UNBOUNDED)) for bound in bounds)]
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,9 @@ class Causal(Mask):
 
     def __post_init__(self) -> None:
         if self.align not in ("bottom-right", "top-left"):
-            raise ValueError(f'Causal: align is {self.align!r}; it takes "bottom-right" or "top-left"')
+            raise ValueError(
+                f'Causal: align is {self.align!r}; it takes "bottom-right" or "top-left"'
+            )
 
     def band(self) -> Band:
         return Band(right=0) if self.align == "bottom-right" else Band(right_top=0)
@@ -91,7 +101,9 @@ class Window(Mask):
                 raise ValueError(f"Window: {name} is {width!r}; it takes None or an integer >= 0")
 
     def band(self) -> Band:
-        left, right = (UNBOUNDED if w is None else min(w, UNBOUNDED) for w in (self.left, self.right))
+        left, right = (
+            UNBOUNDED if w is None else min(w, UNBOUNDED) for w in (self.left, self.right)
+        )
         return Band(left=left, right=right)
 
 
@@ -115,10 +127,14 @@ class Both(Mask):
         )
 
 
-KINDS = ("band",)  # the first integer of an encoded mask; csrc/core/masks.h and triton_masks.py follow it
+KINDS = (
+    "band",
+)  # the first integer of an encoded mask; csrc/core/masks.h and triton_masks.py follow it
 
 
-def materialize(code: list[int], Nq: int, Nk: int, device: torch.device | str | None = None) -> torch.Tensor:
+def materialize(
+    code: list[int], Nq: int, Nk: int, device: torch.device | str | None = None
+) -> torch.Tensor:
     """The dense bool mask [Nq, Nk] of an encoded mask."""
     _, left, right, left_top, right_top = code
     i = torch.arange(Nq, device=device)[:, None]

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import inspect
 import os
 import re
 import warnings
@@ -36,7 +35,7 @@ from fastattn.checks import unit_stride
 __all__ = ["OPS", "Backend", "Case", "Cost", "Limit", "Op", "Unsupported", "explain", "using"]
 
 OPS: dict[str, Op] = {}  # every op, by name: the table that tests, bench and docs walk
-_LIB = torch.library.Library("fastattn", "DEF")
+_LIB: Any = torch.library.Library("fastattn", "DEF")  # type: ignore[no-untyped-call]
 
 
 class Unsupported(NotImplementedError):
@@ -171,9 +170,13 @@ class Case:
         self.__dict__.update(values)
 
     def __repr__(self) -> str:
-        return "-".join(f"{k}{_show(v)}" for k, v in self.__dict__.items() if v not in (None, False))
+        return "-".join(
+            f"{k}{_show(v)}" for k, v in self.__dict__.items() if v not in (None, False)
+        )
 
-    def __getattr__(self, name: str) -> Any:  # an absent value is None: a case names only what it varies
+    def __getattr__(
+        self, name: str
+    ) -> Any:  # an absent value is None: a case names only what it varies
         if name.startswith("__"):
             raise AttributeError(name)
         return None
@@ -203,17 +206,29 @@ class Op:
     backward: str
     fake: Callable[..., Sequence[torch.Tensor]]  # the outputs, allocated but not computed
     fake_backward: Callable[..., Sequence[torch.Tensor]]
-    facts: dict[str, str]  # what limits may depend on: name -> expression of the forward's arguments
-    reference: Callable[..., Sequence[torch.Tensor]]  # the formula on the same arguments, differentiable
+    facts: dict[
+        str, str
+    ]  # what limits may depend on: name -> expression of the forward's arguments
+    reference: Callable[
+        ..., Sequence[torch.Tensor]
+    ]  # the formula on the same arguments, differentiable
     backends: tuple[Backend, ...]  # in order of preference
     cases: Sequence[Case]
     make: Callable[..., dict[str, Any]]  # (case, randn) -> keyword arguments of ``function``
     cost: Callable[[Case, int], Cost]  # (case, bytes per element)
     bench: Sequence[Case] = ()
-    peers: Callable[..., dict[str, Callable[..., Any]]] | None = None  # {"torch sdpa": same call elsewhere}
-    save: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # last word on what backward receives
-    recall: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # the forward's arguments from those
-    same_gradient: dict[str, str] = field(default_factory=dict)  # {"residual": "x"}: d residual is dx
+    peers: Callable[..., dict[str, Callable[..., Any]]] | None = (
+        None  # {"torch sdpa": same call elsewhere}
+    )
+    save: Callable[[dict[str, Any]], dict[str, Any]] | None = (
+        None  # last word on what backward receives
+    )
+    recall: Callable[[dict[str, Any]], dict[str, Any]] | None = (
+        None  # the forward's arguments from those
+    )
+    same_gradient: dict[str, str] = field(
+        default_factory=dict
+    )  # {"residual": "x"}: d residual is dx
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     budget: float = 2.0  # times the error of the same-dtype reference
     function: Callable[..., Any] = field(init=False)
@@ -224,8 +239,14 @@ class Op:
         self.backward_arguments = _names(self.backward.split("->")[0])
         self.gradients = _names(self.backward.split("->")[1])
         # Outputs whose gradient backward cannot do without, although it does not save them.
-        self._unsaved = [n for n in self.outputs if f"Tensor d{n}" in self.backward and n not in self.backward_arguments]
-        self._tensors = [i for i, kind in enumerate(_kinds(self.forward.split("->")[0])) if "Tensor" in kind]
+        self._unsaved = [
+            n
+            for n in self.outputs
+            if f"Tensor d{n}" in self.backward and n not in self.backward_arguments
+        ]
+        self._tensors = [
+            i for i, kind in enumerate(_kinds(self.forward.split("->")[0])) if "Tensor" in kind
+        ]
         self._chosen: dict[tuple[Any, ...], Backend] = {}
         self._warned = False
         self._facts = _compile_facts(self.arguments, self.facts)
@@ -248,7 +269,7 @@ class Op:
             ("bwd", self.backward, self.fake_backward, self._backward),
         ):
             name = f"{self.name}_{direction}"
-            _LIB.define(name + schema.replace(") ->", ", *, str backend=\"\") ->", 1), tags=tags)
+            _LIB.define(name + schema.replace(") ->", ', *, str backend="") ->', 1), tags=tags)
             _LIB.impl(name, run, "CompositeExplicitAutograd")
             torch.library.register_fake(f"fastattn::{name}", _ignoring_backend(fake), lib=_LIB)
         torch.library.register_autograd(
@@ -280,33 +301,45 @@ class Op:
             elif grad is None and f"Tensor d{name}" in self.backward:
                 grad = torch.zeros_like(known[name])
             known["d" + name] = grad if grad is None else unit_stride(grad)
-        found = self.op_backward(*(known[n] for n in self.backward_arguments), backend=ctx.backend)
+        eager = not torch.compiler.is_compiling() and _is_plain()
+        run = self._backward if eager else self.op_backward
+        found = run(*(known[n] for n in self.backward_arguments), backend=ctx.backend)
         if torch.is_grad_enabled():  # create_graph=True
-            found = _Once.apply(self.name, len(found), *found, *(known[n] for n in ctx.tensors), *grads)
+            once: Any = _Once.apply
+            found = once(self.name, len(found), *found, *(known[n] for n in ctx.tensors), *grads)
         found = dict(zip(self.gradients, found))
         return tuple(
             found.get("d" + self.same_gradient.get(name, name)) if needed and given else None
-            for name, needed, given in zip(self.arguments, ctx.needs_input_grad, ctx.given)
+            for name, needed, given in zip(
+                self.arguments, ctx.needs_input_grad[-len(self.arguments) :], ctx.given
+            )
         )
 
     def call(self, *args: Any, backend: str = "") -> Any:
         """The op on ``args``: what public functions call.
 
-        Plain eager calls that need no gradient go straight to the kernel; the dispatcher would only add its
-        overhead.  Everything else (autograd, compilation, tracing, modes, transforms, tensor subclasses)
-        goes through ``torch.ops``.
+        Plain eager calls go straight to the kernel, or to one autograd.Function; the dispatcher would only add
+        its overhead.  Everything else (compilation, tracing, modes, transforms, tensor subclasses) goes
+        through ``torch.ops``.
         """
         if not torch.compiler.is_compiling() and _is_plain() and not args[self._tensors[0]].is_meta:
-            needs_grad = torch.is_grad_enabled()
+            needs_grad, watched = torch.is_grad_enabled(), False
             for i in self._tensors:
                 t = args[i]
-                if t is not None and (type(t) not in _PLAIN or (needs_grad and t.requires_grad)):
-                    break
+                if t is not None:
+                    if type(t) not in _PLAIN:
+                        break
+                    watched = watched or (needs_grad and t.requires_grad)
             else:
-                return self._forward(*args, backend=backend)
-        if forward_ad._current_level >= 0:  # torch would drop the tangents and say nothing
-            if any(isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args):
-                raise RuntimeError(f"{self.name}: forward-mode derivatives (jvp) are not implemented; use backward")
+                if not watched:
+                    return self._forward(*args, backend=backend)
+                if forward_ad._current_level < 0:
+                    return _EAGER(self, backend, *args)
+        if forward_ad._current_level >= 0 and any(_has_tangent(args[i]) for i in self._tensors):
+            # torch would drop the tangents and say nothing
+            raise RuntimeError(
+                f"{self.name}: forward-mode derivatives (jvp) are not implemented; use backward"
+            )
         if not isinstance(backend, str):
             self.named(backend)
         return self.op(*args, backend=backend)
@@ -337,17 +370,27 @@ class Op:
         """Autograd through the formula; the fast backward passes are measured against this."""
         with torch.enable_grad():
             inputs = [
-                v.detach().requires_grad_("d" + n in self.gradients) if isinstance(v, torch.Tensor) else v
+                v.detach().requires_grad_("d" + n in self.gradients)
+                if isinstance(v, torch.Tensor)
+                else v
                 for n, v in ((n, known.get(n)) for n in self.arguments)
             ]
             wanted = [v for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad]
             outs = dict(zip(self.outputs, self.reference(*inputs)))
-            pairs = [(outs[n], known["d" + n]) for n in self.outputs if known.get("d" + n) is not None]
+            pairs = [
+                (outs[n], known["d" + n]) for n in self.outputs if known.get("d" + n) is not None
+            ]
             pairs = [(o, g) for o, g in pairs if o.requires_grad]
-            found = torch.autograd.grad(
-                [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
-            ) if pairs else [None] * len(wanted)
-        grads = dict(zip((n for n, v in zip(self.arguments, inputs) if any(v is w for w in wanted)), found))
+            found = (
+                torch.autograd.grad(
+                    [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+                )
+                if pairs
+                else [None] * len(wanted)
+            )
+        grads = dict(
+            zip((n for n, v in zip(self.arguments, inputs) if any(v is w for w in wanted)), found)
+        )
         by_name = dict(zip(self.arguments, inputs))
         result = []
         for name in self.gradients:
@@ -370,7 +413,7 @@ class Op:
             self._warned = True
             warnings.warn(
                 f"{self.name} runs on the reference implementation, which is slow; "
-                f"pass backend=\"reference\" if this is meant\n{self.render(args, 0)}",
+                f'pass backend="reference" if this is meant\n{self.render(args, 0)}',
                 stacklevel=2,
             )
         return chosen
@@ -404,7 +447,9 @@ class Op:
         lines = [f"{self.name}({shown})"]
         for row in self.backends:
             why = row.why_not(facts)
-            lines.append(f"{' ' * indent}{row.name:<{width}}{'no: ' + '; '.join(why) if why else 'ok'}")
+            lines.append(
+                f"{' ' * indent}{row.name:<{width}}{'no: ' + '; '.join(why) if why else 'ok'}"
+            )
         return "\n".join(lines)
 
 
@@ -463,7 +508,9 @@ def using(backend: str, op: str = "") -> Iterator[None]:
     ...     fa.attention(q, q, q).shape
     torch.Size([1, 1, 2, 4])
     """
-    known = {b.name for o in OPS.values() for b in o.backends} | {b.family for o in OPS.values() for b in o.backends}
+    known = {b.name for o in OPS.values() for b in o.backends} | {
+        b.family for o in OPS.values() for b in o.backends
+    }
     if backend not in known:
         raise ValueError(f"using: backend is {backend!r}; known are {', '.join(sorted(known))}")
     if op and op not in OPS:
@@ -484,7 +531,9 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in _CASTABLE else t for t in tensors)
+    return tuple(
+        t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in _CASTABLE else t for t in tensors
+    )
 
 
 _CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -494,17 +543,39 @@ _CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
 # Small parts
 
 
+class _Eager(torch.autograd.Function):
+    """The op and its gradient without the dispatcher: Op.call uses it where nothing could tell the difference."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, backend: str, *args: Any) -> Any:
+        outs = op._forward(*args, backend=backend)
+        op._save(ctx, args, {"backend": backend}, outs)
+        ctx.op = op
+        return outs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, None, *ctx.op._autograd(ctx, *grads)
+
+
+_EAGER: Any = _Eager.apply
+
+
 class _Once(torch.autograd.Function):
     """Gradients that depend on what they were computed from, and refuse to say how."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, count: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def forward(
+        ctx: Any, name: str, count: int, *tensors: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         ctx.name = name
         return tuple(t if t is None else t.view_as(t) for t in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"{ctx.name}: second derivatives are not implemented; its backward pass is a kernel")
+        raise RuntimeError(
+            f"{ctx.name}: second derivatives are not implemented; its backward pass is a kernel"
+        )
 
 
 @functools.cache
@@ -532,6 +603,11 @@ def _is_plain() -> bool:
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
     )
+
+
+def _has_tangent(t: torch.Tensor | None) -> bool:
+    unpack: Any = forward_ad.unpack_dual
+    return t is not None and unpack(t).tangent is not None
 
 
 def _kinds(side: str) -> list[str]:

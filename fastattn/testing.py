@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ class Failure(AssertionError):
 
 
 def every(
-    ops: Callable[[Op], bool] = lambda op: True, backends: Callable[[Backend], bool] = lambda b: True
+    ops: Callable[[Op], bool] = lambda op: True,
+    backends: Callable[[Backend], bool] = lambda b: True,
 ) -> Iterator[tuple[Op, Backend, torch.dtype, Case]]:
     """Every op x backend x dtype x case that the descriptors name."""
     for op in filter(ops, OPS.values()):
@@ -35,12 +36,16 @@ def every(
 # Inputs
 
 
-def maker(dtype: torch.dtype, device: str, layout: str | None, seed: int = 0) -> Callable[..., torch.Tensor]:
+def maker(
+    dtype: torch.dtype, device: str, layout: str | None, seed: int = 0
+) -> Callable[..., torch.Tensor]:
     """``randn(*shape)`` in the given dtype; ``wide=True`` gives float32.  Values are exact in every dtype."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int, wide: bool | None = False) -> torch.Tensor:
-        x = torch.randn(shape, generator=generator).to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+        x = torch.randn(shape, generator=generator).to(
+            torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+        )
         return _laid_out(x.to(torch.float32 if wide else dtype).to(device), layout)
 
     return randn
@@ -77,7 +82,12 @@ def poisoned() -> Iterator[None]:
 
         return made
 
-    owners = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")]
+    owners = [
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ]
     before = [getattr(owner, name) for owner, name in owners]
     native = _native()
     try:
@@ -108,7 +118,9 @@ class Result:
 def run(op: Op, call: dict[str, Any], backend: str, seed: int = 1) -> Result:
     """Forward and backward with upstream gradients drawn from ``seed``, the same for every backend."""
     inputs = {
-        n: t.detach().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        n: t.detach().requires_grad_()
+        if isinstance(t, torch.Tensor) and t.is_floating_point()
+        else t
         for n, t in call.items()
     }
     leaves = {n: t for n, t in inputs.items() if isinstance(t, torch.Tensor) and t.requires_grad}
@@ -116,13 +128,18 @@ def run(op: Op, call: dict[str, Any], backend: str, seed: int = 1) -> Result:
     found = op.function(**inputs, **extra, backend=backend)
     outs = found if isinstance(found, tuple) else (found,)
     generator = torch.Generator().manual_seed(seed)
-    upstream = [torch.randn(o.shape, generator=generator).half().to(o.dtype).to(o.device) for o in outs]
+    upstream = [
+        torch.randn(o.shape, generator=generator).half().to(o.dtype).to(o.device) for o in outs
+    ]
     # A row without a visible key has lse = -inf, a constant.
     upstream = [g.masked_fill(torch.isinf(o), 0.0) for o, g in zip(outs, upstream)]
     grads = torch.autograd.grad(outs, list(leaves.values()), upstream, allow_unused=True)
     return Result(
         {f"output {i}": o.detach() for i, o in enumerate(outs)},
-        {f"d{n}": torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), grads)},
+        {
+            f"d{n}": torch.zeros_like(t) if g is None else g
+            for (n, t), g in zip(leaves.items(), grads)
+        },
     )
 
 
@@ -146,7 +163,9 @@ def check(got: Result, oracle: Result, plain: Result, factor: float = 2.0) -> fl
                 raise Failure(f"{name} is {list(g.shape)}; the reference gives {list(exact.shape)}")
             special = ~torch.isfinite(exact)
             if not torch.equal(g[special], exact[special]) or not torch.isfinite(g[~special]).all():
-                raise Failure(f"{name} is not finite where the reference is, or the other way round")
+                raise Failure(
+                    f"{name} is not finite where the reference is, or the other way round"
+                )
             error, allowed = (g - exact)[~special], (p - exact)[~special]
             if not error.numel():
                 continue
@@ -192,7 +211,10 @@ def prove(op: Op, backend: Backend, dtype: torch.dtype, case: Case) -> float:
     Returns the largest share of the error budget that was used; raises ``Failure``.
     """
     call = make(op, case, dtype, backend.device)
-    double = {n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in call.items()}
+    double = {
+        n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for n, t in call.items()
+    }
     with poisoned():
         got = run(op, call, backend.name)
         again = run(op, call, backend.name)
@@ -233,12 +255,16 @@ def prove_reference(op: Op, case: Case) -> float:
     def outputs(*values: torch.Tensor) -> list[torch.Tensor]:
         found = op.function(**call | dict(zip(leaves, values)), backend="reference")
         found = found if isinstance(found, tuple) else (found,)
-        return [torch.where(torch.isinf(o), 0.0, o) for o in found]  # lse of a row that sees nothing: a constant
+        return [
+            torch.where(torch.isinf(o), 0.0, o) for o in found
+        ]  # lse of a row that sees nothing: a constant
 
     def gradients(outs: list[torch.Tensor]) -> list[torch.Tensor]:
         upstream = [_waves(o) for o in outs]
         return list(
-            torch.autograd.grad(outs, inputs, upstream, retain_graph=True, allow_unused=True, materialize_grads=True)
+            torch.autograd.grad(
+                outs, inputs, upstream, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
         )
 
     ours, used, step = outputs(*inputs), 0.0, 1e-6
@@ -246,10 +272,17 @@ def prove_reference(op: Op, case: Case) -> float:
         by_output = [gradients([o]) for o in ours]
         for i, (name, x) in enumerate(leaves.items()):
             along = _waves(x) * step
-            ahead, behind = (outputs(*inputs[:i], x.detach() + way * along, *inputs[i + 1 :]) for way in (1, -1))
+            ahead, behind = (
+                outputs(*inputs[:i], x.detach() + way * along, *inputs[i + 1 :]) for way in (1, -1)
+            )
             for k, grads in enumerate(by_output):
                 slope = ((ahead[k] - behind[k]) * _waves(ours[k])).sum() / (2 * step)
-                used = max(used, _agree(f"d{name} from output {k}", (grads[i] * along).sum() / step, slope, 1e-6))
+                used = max(
+                    used,
+                    _agree(
+                        f"d{name} from output {k}", (grads[i] * along).sum() / step, slope, 1e-6
+                    ),
+                )
     for peer, function in (op.peers(**call | leaves) if op.peers else {}).items():
         names = inspect.signature(function).parameters
         theirs = function(**{n: value for n, value in (call | leaves).items() if n in names})
@@ -270,7 +303,10 @@ def _waves(t: torch.Tensor) -> torch.Tensor:
 def _agree(what: str, ours: torch.Tensor, other: torch.Tensor, relative: float) -> float:
     if not ours.numel():
         return 0.0
-    error, allowed = float((ours - other).detach().abs().max()), relative * (1.0 + float(other.detach().abs().max()))
+    error, allowed = (
+        float((ours - other).detach().abs().max()),
+        relative * (1.0 + float(other.detach().abs().max())),
+    )
     if not error <= allowed:
         raise Failure(f"{what} differs by {error:.3g} in float64; allowed is {allowed:.3g}")
     return error / allowed

@@ -29,20 +29,31 @@ AXES = ("op", "backend", "dtype", "case")
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastattn")
     group.addoption("--op", help="only tests of this op; several separated by commas")
-    group.addoption("--backend", help="only tests of this backend (cpu-avx2) or family of backends (cpu)")
+    group.addoption(
+        "--backend", help="only tests of this backend (cpu-avx2) or family of backends (cpu)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "op(*names): restricts a test over the op table to these ops")
-    config.addinivalue_line("markers", "contract: for backends with kernels; each must have executed some here")
+    config.addinivalue_line(
+        "markers", "op(*names): restricts a test over the op table to these ops"
+    )
+    config.addinivalue_line(
+        "markers", "contract: for backends with kernels; each must have executed some here"
+    )
     config.addinivalue_line("markers", "formula: for the reference alone")
     config.stash[TALLY] = Tally()
     for option, known in (
         ("--op", set(OPS)),
-        ("--backend", {name for op in OPS.values() for b in op.backends for name in (b.name, b.family)}),
+        (
+            "--backend",
+            {name for op in OPS.values() for b in op.backends for name in (b.name, b.family)},
+        ),
     ):
         if unknown := set(_asked(config, option)) - known:
-            raise pytest.UsageError(f"{option} is {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+            raise pytest.UsageError(
+                f"{option} is {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            )
 
 
 # ---- Points of the op table -------------------------------------------------------------------------
@@ -76,7 +87,9 @@ def _name(value: object) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ops, backends = _asked(config, "--op"), _asked(config, "--backend")
-    config.stash[TALLY].generated.update(_row(item) for item in items if item.get_closest_marker("contract"))
+    config.stash[TALLY].generated.update(
+        _row(item) for item in items if item.get_closest_marker("contract")
+    )
     if not ops and not backends:
         return
     chosen, left_out = [], []
@@ -91,7 +104,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _point(item: pytest.Item, axis: str):
-    return getattr(item, "callspec").params.get(axis) if hasattr(item, "callspec") else None
+    return item.callspec.params.get(axis) if hasattr(item, "callspec") else None
 
 
 def _row(item: pytest.Item) -> tuple[str, str]:
@@ -120,7 +133,11 @@ def poisoned():
 @pytest.fixture
 def best_cpu() -> str:
     """The CPU backend that this machine prefers, or "reference" where nothing is compiled."""
-    return next(b.name for b in OPS["attention"].backends if b.family in ("cpu", "reference") and not unavailable(b))
+    return next(
+        b.name
+        for b in OPS["attention"].backends
+        if b.family in ("cpu", "reference") and not unavailable(b)
+    )
 
 
 # ---- Skips by reason, and backends of which nothing ran ---------------------------------------------

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from fastattn.masks import Band, Causal, Full, Window, materialize
 from fastattn.op import OPS, Backend, Case, Op
 from fastattn.testing import Failure, prove, prove_reference, why_not
@@ -20,9 +21,17 @@ from fastattn.testing import Failure, prove, prove_reference, why_not
 
 @pytest.mark.contract
 def test_forward_and_gradients_match_reference(op, backend, dtype, case):
-    if why := why_not(op, backend, dtype, case):
+    if why := why_not(op, backend, dtype, case) or left_out(op, backend, dtype, case):
         pytest.skip(f"{backend.name}: {why}")
     prove(op, backend, dtype, case)
+
+
+def left_out(op: Op, backend: Backend, dtype: torch.dtype, case: Case) -> str:
+    """Triton's interpreter is slow: there each case runs in one dtype, drawn by chance, the same each time."""
+    interpreted = backend.family == "triton" and backend.device == "cpu"
+    if not interpreted or dtype == random.Random(f"{op.name} {case}").choice(op.dtypes):
+        return ""
+    return "the interpreter runs this case in another dtype (fastattn verify --all runs it in all)"
 
 
 @pytest.mark.formula
@@ -124,7 +133,9 @@ def differentiate(op: Op, known):
 def of_inputs(change):
     """The outputs of attention for other inputs, of other shapes perhaps."""
     op = OPS["attention"]
-    return lambda known, found: dict(zip(op.outputs, op.reference(*(known | change(known)).values())))
+    return lambda known, found: dict(
+        zip(op.outputs, op.reference(*(known | change(known)).values()))
+    )
 
 
 def band(change):
@@ -173,7 +184,9 @@ def rescale_forgotten(known, found):
         return {}
     first, second = s.tensor_split(2, -1)
     m = first.amax(-1, keepdim=True).clamp(min=-1e30)
-    p = torch.cat([(first - m).exp(), (second - torch.maximum(m, second.amax(-1, keepdim=True))).exp()], -1)
+    p = torch.cat(
+        [(first - m).exp(), (second - torch.maximum(m, second.amax(-1, keepdim=True))).exp()], -1
+    )
     return {"o": ((p @ v) / p.sum(-1, keepdim=True)).nan_to_num()}
 
 
@@ -189,7 +202,9 @@ def times(name, factor):
 
 def leak(name):
     """A little of each row is found in the next."""
-    return lambda known, found: {name: found[name] + 0.01 * found[name].roll(1, 0 if found[name].dim() < 3 else 2)}
+    return lambda known, found: {
+        name: found[name] + 0.01 * found[name].roll(1, 0 if found[name].dim() < 3 else 2)
+    }
 
 
 def first(name, count):
@@ -326,10 +341,17 @@ def row(op: Op, name: str) -> Iterator[Backend]:
 WRONG_ATTENTION, WRONG_ADD_NORM = WRONG["attention"], WRONG["add_norm"]
 
 
-@pytest.mark.parametrize(("name", "wrong"), [(op, name) for op in WRONG for name in vars(WRONG[op]) if "not_" not in name])
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [(op, name) for op in WRONG for name in vars(WRONG[op]) if "not_" not in name],
+)
 def test_the_contract_refuses_what_is_wrong(name, wrong):
     op = OPS[name]
-    points = [(dtype, case) for dtype in op.dtypes for case in random.Random(0).sample(op.cases, len(op.cases))]
+    points = [
+        (dtype, case)
+        for dtype in op.dtypes
+        for case in random.Random(0).sample(op.cases, len(op.cases))
+    ]
     with row(op, wrong) as backend:
         for dtype, case in points:
             try:

@@ -35,7 +35,10 @@ def instructions():
     if not shutil.which("objdump"):
         pytest.skip("objdump is not installed")
     listing = subprocess.run(
-        ["objdump", "-d", "--insn-width=15", _cpu.__file__], capture_output=True, text=True, check=True
+        ["objdump", "-d", "--insn-width=15", _cpu.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     found: dict[str, dict[str, str]] = collections.defaultdict(dict)
     namespace = function = ""
@@ -73,8 +76,12 @@ def test_what_is_compiled_once_is_included_above_the_regions(source):
     assert mark
     assert f'#define FASTATTN_CPU_FILE "{source.relative_to(ROOT).as_posix()}"' in above
     for header in re.findall(r'#include [<"](.+)[>"]', below):
-        assert (ROOT / header).exists(), f"{header} is a system header; it belongs above csrc/cpu/isa.h"
-        assert "#pragma once" not in (ROOT / header).read_text(), f"{header} belongs above csrc/cpu/isa.h"
+        assert (ROOT / header).exists(), (
+            f"{header} is a system header; it belongs above csrc/cpu/isa.h"
+        )
+        assert "#pragma once" not in (ROOT / header).read_text(), (
+            f"{header} belongs above csrc/cpu/isa.h"
+        )
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.parent.name)
@@ -82,5 +89,14 @@ def test_the_scalar_build_compiles_for_another_architecture(source):
     compiler = shutil.which("aarch64-linux-gnu-g++")
     if not compiler:
         pytest.skip("aarch64-linux-gnu-g++ is not installed")
-    flags = "-std=c++20 -O1 -fopenmp -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi".split()
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-fopenmp",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-Wno-psabi",
+    ]
     subprocess.run([compiler, *flags, f"-I{ROOT}", "-c", source, "-o", "/dev/null"], check=True)

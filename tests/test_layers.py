@@ -10,19 +10,26 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import fastattn
 import pytest
+
+import fastattn
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("csrc", "kernels", "fastattn", "bench", "tests")
 CPP = (".h", ".cc", ".cu", ".cuh")
 
-pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="the sources are not beside the tests")
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "csrc").is_dir(), reason="the sources are not beside the tests"
+)
 
 
 def files(*endings: str, under: tuple[str, ...] = FOLDERS) -> Iterator[Path]:
     for folder in under:
-        yield from sorted(p for p in (ROOT / folder).rglob("*") if p.suffix in endings and "__pycache__" not in p.parts)
+        yield from sorted(
+            p
+            for p in (ROOT / folder).rglob("*")
+            if p.suffix in endings and "__pycache__" not in p.parts
+        )
 
 
 def name(path: Path) -> str:
@@ -56,14 +63,19 @@ MAY_INCLUDE = (
     ),
     (r"kernels/(?P<op>\w+)/op\.h", (STANDARD, r'"csrc/core/.*"')),
     (r"kernels/(?P<op>\w+)/cpu\.cc", (STANDARD, r'"kernels/{op}/op\.h"', r'"csrc/(core|cpu)/.*"')),
-    (r"kernels/(?P<op>\w+)/cuda\w*\.cu", (STANDARD, r'"kernels/{op}/op\.h"', r'"csrc/(core|cuda)/.*"')),
+    (
+        r"kernels/(?P<op>\w+)/cuda\w*\.cu",
+        (STANDARD, r'"kernels/{op}/op\.h"', r'"csrc/(core|cuda)/.*"'),
+    ),
     (r"tests/.*", (STANDARD, r'"(csrc|kernels)/.*"')),
 )
 
 
 def code_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a C++ file without comments."""
-    text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), path.read_text(), flags=re.DOTALL)
+    text = re.sub(
+        r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), path.read_text(), flags=re.DOTALL
+    )
     for number, line in enumerate(text.splitlines(), 1):
         yield number, re.sub(r"//.*", "", line)
 
@@ -78,7 +90,9 @@ def test_includes():
         own = re.fullmatch(rule[0], name(path)).groupdict()
         allowed = [pattern.replace("{op}", own.get("op", "")) for pattern in rule[1]]
         for number, line in code_lines(path):
-            if (m := re.match(r"\s*#\s*include\s+(.*\S)", line)) and not any(re.fullmatch(p, m[1]) for p in allowed):
+            if (m := re.match(r"\s*#\s*include\s+(.*\S)", line)) and not any(
+                re.fullmatch(p, m[1]) for p in allowed
+            ):
                 found.append(f"{name(path)}:{number}: {m[0].strip()}")
     report(found)
 
@@ -86,9 +100,21 @@ def test_includes():
 # (files, what must not stand in them outside comments, why)
 FORBIDDEN = (
     (r".*", r"#\s*include.*(torch/|ATen|c10/)", "no torch header anywhere"),
-    (r"(csrc/core|kernels)/.*", r"\b(getenv|printf|puts|std::c(out|err)|fopen|fstream)\b", "kernels do no I/O"),
-    (r"(?!csrc/cpu/parallel\.h).*", r"#\s*pragma omp|\bpthread_|std::j?thread\b", "threads are parallel.h's"),
-    (r"kernels/.*", r"\b(malloc|calloc|realloc)\b|\bnew \w", "memory comes from Python or scratch()"),
+    (
+        r"(csrc/core|kernels)/.*",
+        r"\b(getenv|printf|puts|std::c(out|err)|fopen|fstream)\b",
+        "kernels do no I/O",
+    ),
+    (
+        r"(?!csrc/cpu/parallel\.h).*",
+        r"#\s*pragma omp|\bpthread_|std::j?thread\b",
+        "threads are parallel.h's",
+    ),
+    (
+        r"kernels/.*",
+        r"\b(malloc|calloc|realloc)\b|\bnew \w",
+        "memory comes from Python or scratch()",
+    ),
     (r"kernels/.*", r"<<<", "kernels are launched through launch.h"),
     (r".*", r"\bassert\(", "an assertion is no answer to a user: FASTATTN_CHECK"),
 )
@@ -123,14 +149,32 @@ TORCH, OWN_TABLE = r"torch(\..*)?", r"fastattn\.(op|masks|bias|rows|checks|testi
 MAY_IMPORT = (
     (r"kernels/(?P<op>\w+)/reference\.py", (TORCH,)),
     (r"kernels/common/.*", (TORCH, r"triton(\..*)?", r"fastattn\.kernels\.common(\..*)?")),
-    (r"kernels/(?P<op>\w+)/triton\.py", (TORCH, r"triton(\..*)?", r"fastattn\.kernels\.common(\..*)?")),
-    (r"kernels/(?P<op>\w+)/api\.py", (TORCH, OWN_TABLE, r"fastattn\.kernels\.{op}(\.reference.*)?")),
+    (
+        r"kernels/(?P<op>\w+)/triton\.py",
+        (TORCH, r"triton(\..*)?", r"fastattn\.kernels\.common(\..*)?"),
+    ),
+    (
+        r"kernels/(?P<op>\w+)/api\.py",
+        (TORCH, OWN_TABLE, r"fastattn\.kernels\.{op}(\.reference.*)?"),
+    ),
     (r"kernels/__init__\.py", ()),
     (r"fastattn/__init__\.py", (r"fastattn(\.\w+)?", r"fastattn\.kernels\.\w+\.api\.\w+")),
-    (r"fastattn/cli/.*", (TORCH, r"fastattn", r"fastattn\.(op|testing|cli|bench)(\..*)?", r"matplotlib(\..*)?")),
+    (
+        r"fastattn/cli/.*",
+        (TORCH, r"fastattn", r"fastattn\.(op|testing|cli|bench)(\..*)?", r"matplotlib(\..*)?"),
+    ),
     (r"fastattn/__main__\.py", (r"fastattn\.cli",)),
     (r"fastattn/.*", (TORCH, OWN_TABLE)),
-    (r"bench/.*", (TORCH, r"fastattn", OWN_TABLE, r"fastattn\.bench(\..*)?", r"(matplotlib|pytest|numpy)(\..*)?")),
+    (
+        r"bench/.*",
+        (
+            TORCH,
+            r"fastattn",
+            OWN_TABLE,
+            r"fastattn\.bench(\..*)?",
+            r"(matplotlib|pytest|numpy)(\..*)?",
+        ),
+    ),
     (r"tests/.*", (r".*",)),
 )
 
@@ -142,8 +186,12 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
-            inside = base in ("fastattn", "fastattn.kernels") or base.startswith("fastattn.kernels.")
-            yield from ((node.lineno, f"{base}.{alias.name}" if inside else base) for alias in node.names)
+            inside = base in ("fastattn", "fastattn.kernels") or base.startswith(
+                "fastattn.kernels."
+            )
+            yield from (
+                (node.lineno, f"{base}.{alias.name}" if inside else base) for alias in node.names
+            )
 
 
 def test_imports():
@@ -208,13 +256,24 @@ def test_files_are_short():
 
 
 def test_files_say_what_they_are():
-    report([f"{name(path)}: no header" for path in files(".py", *CPP) if path.read_text().strip() and not header(path)])
+    report(
+        [
+            f"{name(path)}: no header"
+            for path in files(".py", *CPP)
+            if path.read_text().strip() and not header(path)
+        ]
+    )
 
 
 def test_no_drawers():
     """No file or folder is named after nothing; ``common`` is the one exception, below kernels."""
     drawers = re.compile(r"(^|_)(utils?|helpers?|misc|common|stuff|tmp|new|old|v\d+)(_|$)")
-    found = [name(p) for p in files(".py", *CPP) for part in Path(name(p)).with_suffix("").parts if drawers.search(part)]
+    found = [
+        name(p)
+        for p in files(".py", *CPP)
+        for part in Path(name(p)).with_suffix("").parts
+        if drawers.search(part)
+    ]
     report([f for f in found if not f.startswith("kernels/common/")])
 
 
@@ -222,7 +281,9 @@ def test_todos_name_their_event():
     found = []
     for path in files(".py", *CPP, under=("csrc", "kernels", "fastattn", "bench")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            if re.search(r"\b(FIXME|XXX|HACK)\b", line) or re.search(r"\bTODO\b(?!.*\b(when|once|after|until)\b)", line):
+            if re.search(r"\b(FIXME|XXX|HACK)\b", line) or re.search(
+                r"\bTODO\b(?!.*\b(when|once|after|until)\b)", line
+            ):
                 found.append(f"{name(path)}:{number}: {line.strip()}")
     report(found)
 
@@ -251,7 +312,14 @@ def python(program: str, tmp_path: Path, **env: str) -> str:
 def test_import_loads_no_kernel(tmp_path):
     loaded = python("import sys, fastattn; print(*sys.modules)", tmp_path).split()
     assert "fastattn.op" in loaded
-    for module in ("triton", "fastattn._cpu", "fastattn._cuda", "fastattn.cli", "fastattn.bench", "fastattn.testing"):
+    for module in (
+        "triton",
+        "fastattn._cpu",
+        "fastattn._cuda",
+        "fastattn.cli",
+        "fastattn.bench",
+        "fastattn.testing",
+    ):
         assert module not in loaded, f"import fastattn loads {module}"
     assert not [m for m in loaded if m.startswith("fastattn.kernels.") and m.endswith("triton")]
 
@@ -282,9 +350,13 @@ def test_public_names_are_sorted_documented_and_typed():
         thing = getattr(fastattn, public)
         assert thing.__doc__, f"fastattn.{public} has no docstring"
         if callable(thing) and not isinstance(thing, type):
-            parameters = thing.__code__.co_varnames[: thing.__code__.co_argcount + thing.__code__.co_kwonlyargcount]
+            parameters = thing.__code__.co_varnames[
+                : thing.__code__.co_argcount + thing.__code__.co_kwonlyargcount
+            ]
             untyped = {*parameters, "return"} - set(thing.__annotations__)
-            assert not untyped or hasattr(thing, "__wrapped__"), f"fastattn.{public}: {untyped} have no type"
+            assert not untyped or hasattr(thing, "__wrapped__"), (
+                f"fastattn.{public}: {untyped} have no type"
+            )
 
 
 # ---- Prove the rules ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+
 from fastattn.masks import UNBOUNDED, Band, Causal, Full, Mask, Window, pairs
 from fastattn.op import _native, _why_no_triton, triton_device
 
@@ -120,7 +121,9 @@ def native():
 @pytest.mark.parametrize("masks", [SINGLE, PAIRS], ids=["single", "pairs"])
 def test_cpp_sees_what_python_sees(native, masks):
     for name, mask, Nq, Nk, allowed in each(masks):
-        seen = torch.tensor(native.mask_visible(mask.encode(), Nq, Nk), dtype=torch.bool).view(Nq, Nk)
+        seen = torch.tensor(native.mask_visible(mask.encode(), Nq, Nk), dtype=torch.bool).view(
+            Nq, Nk
+        )
         assert torch.equal(seen, allowed), (name, Nq, Nk)
 
 
@@ -162,6 +165,7 @@ def contradicts_itself(mask: Mask, Nq: int, Nk: int) -> bool:
 if importlib.util.find_spec("triton"):
     import triton
     import triton.language as tl
+
     from fastattn.kernels.common import triton_masks
 
     @triton.jit(do_not_specialize=("Nq", "Nk"))
@@ -201,7 +205,9 @@ def answers(mask, Nq: int, Nk: int) -> tuple[torch.Tensor, list]:
 def test_triton_sees_what_python_sees(masks):
     if why := _why_no_triton():
         pytest.skip(f"triton: {why}")
-    for name, mask, Nq, Nk, allowed in itertools.islice(each(masks), 0, None, 1 if masks is SINGLE else 5):
+    for name, mask, Nq, Nk, allowed in itertools.islice(
+        each(masks), 0, None, 1 if masks is SINGLE else 5
+    ):
         seen, ranges = answers(triton_masks.encode(mask.encode(), Nq, Nk), Nq, Nk)
         assert torch.equal(seen, allowed), (name, Nq, Nk)
         keys, keys_all, queries, queries_all = ranges
@@ -212,4 +218,9 @@ def test_triton_sees_what_python_sees(masks):
         for j0, j1 in itertools.combinations(range(Nk + 1), 2):
             where = (name, Nq, Nk, j0, j1)
             agree((queries[0][j0][j1], queries[1][j0][j1]), allowed[:, j0:j1].any(1), mask, where)
-            agree((queries_all[0][j0][j1], queries_all[1][j0][j1]), allowed[:, j0:j1].all(1), mask, where)
+            agree(
+                (queries_all[0][j0][j1], queries_all[1][j0][j1]),
+                allowed[:, j0:j1].all(1),
+                mask,
+                where,
+            )

@@ -6,10 +6,12 @@ Equality is bit for bit where one number must not depend on another's neighbours
 from __future__ import annotations
 
 import contextlib
+import itertools
 
-import fastattn as fa
 import pytest
 import torch
+
+import fastattn as fa
 from fastattn.masks import Causal, Full, Window
 from fastattn.op import OPS
 from fastattn.testing import Result, check, run
@@ -37,10 +39,16 @@ def same(*pairs):
 
 def within_budget(op, call, got):
     """The outputs ``got`` err no more than the reference in the same dtype, against the reference in float64."""
-    double = {n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in call.items()}
+    double = {
+        n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+        for n, t in call.items()
+    }
     exact, plain = (run(OPS[op], c, "reference").outputs for c in (double, call))
     names = list(exact)[: len(got)]
-    results = [Result({n: outputs[n] for n in names}, {}) for outputs in (dict(zip(names, got)), exact, plain)]
+    results = [
+        Result({n: outputs[n] for n in names}, {})
+        for outputs in (dict(zip(names, got)), exact, plain)
+    ]
     check(*results, OPS[op].budget)
 
 
@@ -49,7 +57,9 @@ def near(a, b, roundings=16):
     a, b = a.detach(), b.detach()
     largest = max(float(b.abs().max()), 1.0)
     error = float((a.double() - b.double()).abs().max())
-    assert error <= roundings * torch.finfo(a.dtype).eps * largest, f"{error:.3g} at values up to {largest:.3g}"
+    assert error <= roundings * torch.finfo(a.dtype).eps * largest, (
+        f"{error:.3g} at values up to {largest:.3g}"
+    )
 
 
 @contextlib.contextmanager
@@ -96,7 +106,9 @@ def test_permuted_heads_permute_the_result(backend):
     q, k, v = qkv(backend, Hq=4, Hk=4)
     order = torch.tensor([2, 0, 3, 1])
     options = {"causal": True, "backend": backend.name, "return_lse": True}
-    (o, lse), (o2, lse2) = (fa.attention(*t, **options) for t in ((q, k, v), (q[:, order], k[:, order], v[:, order])))
+    (o, lse), (o2, lse2) = (
+        fa.attention(*t, **options) for t in ((q, k, v), (q[:, order], k[:, order], v[:, order]))
+    )
     same((o[:, order], o2), (lse[:, order], lse2))
 
 
@@ -106,7 +118,10 @@ def test_permuted_queries_permute_the_result(backend):
     q, k, v = qkv(backend)
     order = torch.randperm(NQ)
     options = {"return_lse": True, "backend": backend.name}
-    (o, lse), (o2, lse2) = fa.attention(q, k, v, **options), fa.attention(q[:, :, order], k, v, **options)
+    (o, lse), (o2, lse2) = (
+        fa.attention(q, k, v, **options),
+        fa.attention(q[:, :, order], k, v, **options),
+    )
     same((o[:, :, order], o2), (lse[:, :, order], lse2))
 
 
@@ -135,7 +150,12 @@ def test_hidden_keys_are_padding(backend):
     """Keys that a mask hides from every query could as well not be there, whatever they hold."""
     q, k, v = qkv(backend, Nk=NQ)
     ones, tens = (
-        attention(backend, q, *(torch.cat([t, torch.full_like(t, value)], 2) for t in (k, v)), mask=Causal("top-left"))
+        attention(
+            backend,
+            q,
+            *(torch.cat([t, torch.full_like(t, value)], 2) for t in (k, v)),
+            mask=Causal("top-left"),
+        )
         for value in (1.0, 10.0)
     )
     same(*zip(ones, tens))
@@ -162,7 +182,12 @@ def test_run_twice(backend, dtype):
     if not backend.deterministic:
         pytest.skip(f"{backend.name}: does not promise it")
     call = qkv(backend, Hq=4, Hk=2, Nq=130, Nk=150, dtype=dtype)
-    same(*zip(attention(backend, *call, mask=Window(60, 10)), attention(backend, *call, mask=Window(60, 10))))
+    same(
+        *zip(
+            attention(backend, *call, mask=Window(60, 10)),
+            attention(backend, *call, mask=Window(60, 10)),
+        )
+    )
 
 
 @of_attention
@@ -253,7 +278,10 @@ def test_grouped_heads_are_repeated_heads(backend):
 def test_powers_of_two_move_between_q_and_scale(backend):
     q, k, v = qkv(backend)
     options = {"causal": True, "return_lse": True, "backend": backend.name}
-    a, b = fa.attention(q, k, v, scale=0.25, **options), fa.attention(q * 4, k, v, scale=0.0625, **options)
+    a, b = (
+        fa.attention(q, k, v, scale=0.25, **options),
+        fa.attention(q * 4, k, v, scale=0.0625, **options),
+    )
     same(*zip(a, b))
 
 
@@ -300,12 +328,15 @@ def test_keys_can_be_split_and_merged(backend, cuts):
     bounds = [0, *cuts, NK]
     parts = [
         fa.attention(q, k[:, :, a:b], v[:, :, a:b], return_lse=True, backend=backend.name)
-        for a, b in zip(bounds, bounds[1:])
+        for a, b in itertools.pairwise(bounds)
         if b > a
     ]
     lses = torch.stack([lse.double() for _, lse in parts])
     lse = lses.logsumexp(0)
-    o = sum((part_lse - lse).exp()[..., None] * part.double() for (part, _), part_lse in zip(parts, lses))
+    o = sum(
+        (part_lse - lse).exp()[..., None] * part.double()
+        for (part, _), part_lse in zip(parts, lses)
+    )
     within_budget("attention", {"q": q, "k": k, "v": v}, (o.float(), lse.float()))
 
 
@@ -335,9 +366,14 @@ def norm(backend, x, *args, **options):
 
 
 def norm_gradients(backend, call, upstream):
-    call = {n: t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t for n, t in call.items()}
+    call = {
+        n: t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t
+        for n, t in call.items()
+    }
     y = fa.add_norm(**call, backend=backend.name)
-    return torch.autograd.grad(y, [t for t in call.values() if isinstance(t, torch.Tensor)], upstream)
+    return torch.autograd.grad(
+        y, [t for t in call.values() if isinstance(t, torch.Tensor)], upstream
+    )
 
 
 @of_norm
@@ -348,7 +384,9 @@ def test_a_row_is_alone(backend, dtype, kind):
     whole, whole_sum = norm(backend, x, r, weight=w, kind=kind, return_sum=True)
     dx = norm_gradients(backend, {"x": x, "residual": r, "weight": w, "kind": kind}, up)[0]
     for i in (0, 1, 40, 66):
-        one, one_sum = norm(backend, x[i : i + 1], r[i : i + 1], weight=w, kind=kind, return_sum=True)
+        one, one_sum = norm(
+            backend, x[i : i + 1], r[i : i + 1], weight=w, kind=kind, return_sum=True
+        )
         same((one[0], whole[i]), (one_sum[0], whole_sum[i]))
         call = {"x": x[i : i + 1], "residual": r[i : i + 1], "weight": w, "kind": kind}
         same((norm_gradients(backend, call, up[i : i + 1])[0][0], dx[i]))
@@ -407,7 +445,11 @@ def test_the_sum_is_symmetric_and_rounded_once(backend, dtype, kind):
 @of_norm
 @KINDS
 def test_parameters_scale_and_shift(backend, kind):
-    x, w, b = rows(backend), torch.randn(130).to(backend.device), torch.randn(130).to(backend.device)
+    x, w, b = (
+        rows(backend),
+        torch.randn(130).to(backend.device),
+        torch.randn(130).to(backend.device),
+    )
     y = norm(backend, x, kind=kind)
     got = norm(backend, x, weight=w, beta=b, kind=kind)
     near(got, y * w + b)

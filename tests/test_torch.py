@@ -7,18 +7,23 @@ import pickle
 import shutil
 import threading
 
-import fastattn as fa
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastattn as fa
 from fastattn import testing
 from fastattn.masks import Causal, Window
 from fastattn.op import _replaced
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def example(op, dtype=torch.float32, device="cpu"):
     """A small call of the op in which every optional tensor of its cases is given."""
-    points = [c for c in op.cases if all(n > 1 for n in vars(c).values() if type(n) is int) and not c.layout]
+    points = [
+        c
+        for c in op.cases
+        if all(n > 1 for n in vars(c).values() if type(n) is int) and not c.layout
+    ]
     case = max(points, key=lambda c: (len(c.given or ""), c.mask is not None, -op.cost(c, 4).flops))
     return testing.make(op, case, dtype, device)
 
@@ -59,9 +64,13 @@ def test_opcheck_backward(op, name):
     args = arguments(op, example(op))
     known = dict(zip(op.arguments, args)) | dict(zip(op.outputs, op.op(*args, backend=name)))
     known |= {f"d{n}": torch.randn_like(known[n]) for n in op.outputs}
-    known = op.save(known) | {n: v for n, v in known.items() if n.startswith("d")} if op.save else known
+    known = (
+        op.save(known) | {n: v for n, v in known.items() if n.startswith("d")} if op.save else known
+    )
     given = [known[n] for n in op.backward_arguments]
-    torch.library.opcheck(op.op_backward, given, {"backend": name}, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        op.op_backward, given, {"backend": name}, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(op, backend, dtype):
@@ -71,7 +80,9 @@ def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(op, backend, dtyp
     args = arguments(op, call)
     real = op.op(*args, backend=backend.name)
     with FakeTensorMode() as mode:
-        fake = op.op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args), backend="")
+        fake = op.op(
+            *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args), backend=""
+        )
     for r, f in zip(real, fake):
         assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device)
 
@@ -99,7 +110,11 @@ def attention_of_lengths(Nq, Nk):
 
 
 def norm_of_rows(N, _):
-    return {"x": torch.randn(2, N, 24), "residual": torch.randn(2, N, 24), "weight": torch.randn(24)}
+    return {
+        "x": torch.randn(2, N, 24),
+        "residual": torch.randn(2, N, 24),
+        "weight": torch.randn(24),
+    }
 
 
 def compare_with_eager(function, compiled, call, **options):
@@ -137,7 +152,9 @@ def test_compiled_once_for_all_lengths(function, make, options, name, dynamo):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
-@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor wants a C++ compiler")
+@pytest.mark.skipif(
+    not (shutil.which("c++") or shutil.which("g++")), reason="inductor wants a C++ compiler"
+)
 def test_inductor(name):
     torch._dynamo.reset()
 
@@ -151,7 +168,9 @@ def test_inductor(name):
 
 
 def test_compiled_without_gradients(name, dynamo):
-    compiled = torch.compile(lambda q, k, v: fa.attention(q, k, v, backend=name), fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda q, k, v: fa.attention(q, k, v, backend=name), fullgraph=True, backend="eager"
+    )
     call = attention_of_lengths(8, 8)
     with torch.no_grad():
         assert torch.equal(compiled(**call), fa.attention(**call, backend=name))
@@ -193,7 +212,9 @@ def test_gradients_go_only_where_they_are_wanted(op, backend):
     together = torch.autograd.grad([o.sum() for o in everything], list(wanted.values()))
     for (n, t), expected in zip(wanted.items(), together):
         alone = t.detach().clone().requires_grad_()
-        outs = op.function(**{m: s for m, s in call.items() if m != n}, **{n: alone}, backend=backend.name)
+        outs = op.function(
+            **{m: s for m, s in call.items() if m != n}, **{n: alone}, backend=backend.name
+        )
         outs = outs if isinstance(outs, tuple) else (outs,)
         outs = [o for o in outs if o.requires_grad]
         (found,) = torch.autograd.grad([o.sum() for o in outs], [alone])
@@ -207,7 +228,10 @@ def test_outputs_one_at_a_time(op, backend):
     wanted = leaves(call)
     outs = op.function(**call, backend=backend.name)
     finite = [torch.where(torch.isfinite(o), o, 0.0) for o in outs]
-    alone = [torch.autograd.grad(o.sum(), list(wanted.values()), retain_graph=True, allow_unused=True) for o in finite]
+    alone = [
+        torch.autograd.grad(o.sum(), list(wanted.values()), retain_graph=True, allow_unused=True)
+        for o in finite
+    ]
     both = torch.autograd.grad(sum(o.sum() for o in finite), list(wanted.values()))
     for (n, t), *parts, whole in zip(wanted.items(), *alone, both):
         total = sum(torch.zeros_like(t) if p is None else p for p in parts)
@@ -261,7 +285,9 @@ def test_forward_mode_is_refused(op, name):
     first = next(n for n, t in call.items() if isinstance(t, torch.Tensor))
     with pytest.raises(RuntimeError, match=f"{op.name}: forward-mode derivatives"):
         torch.func.jvp(
-            lambda t: op.function(**(call | {first: t}), backend=name), (call[first],), (torch.ones_like(call[first]),)
+            lambda t: op.function(**(call | {first: t}), backend=name),
+            (call[first],),
+            (torch.ones_like(call[first]),),
         )
 
 
@@ -269,12 +295,16 @@ def test_checkpoint(name):
     q = torch.randn(1, 2, 9, 8, requires_grad=True)
     plain = fa.attention(q, q, q, causal=True, backend=name).square().sum()
     again = torch.utils.checkpoint.checkpoint(
-        lambda q: fa.attention(q, q, q, causal=True, backend=name).square().sum(), q, use_reentrant=False
+        lambda q: fa.attention(q, q, q, causal=True, backend=name).square().sum(),
+        q,
+        use_reentrant=False,
     )
     assert torch.equal(torch.autograd.grad(plain, q)[0], torch.autograd.grad(again, q)[0])
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"]
+)
 def test_modes_without_gradients(op, mode, name):
     call = example(op)
     leaves(call)
@@ -338,7 +368,9 @@ def test_default_dtype_does_not_matter(name):
 # ---- torch.func ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (1, 0, None), (None, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "in_dims", [(0, 0, 0), (0, None, None), (1, 0, None), (None, 2, 2)], ids=str
+)
 def test_vmap_of_attention(in_dims, name):
     shape = (2, 2, 5, 8)
     call = []
@@ -377,7 +409,9 @@ def test_parameters_and_subclasses(name):
     parameter = torch.nn.Parameter(q)
     assert torch.equal(fa.attention(parameter, parameter, parameter, backend=name), expected)
     tagged = q.as_subclass(Tagged)
-    assert torch.equal(fa.attention(tagged, tagged, tagged, backend=name).as_subclass(torch.Tensor), expected)
+    assert torch.equal(
+        fa.attention(tagged, tagged, tagged, backend=name).as_subclass(torch.Tensor), expected
+    )
 
 
 def test_many_python_threads_at_once(name):

@@ -19,9 +19,10 @@ FASTATTN_INLINE vf load_words(const T* p, int64_t n) {
 }
 
 // Rows [i0, i1) as the right operand of a product over their columns: to [ceil(D / pack) x T], a query a lane.
+// Vectors of no row at all are left alone: no run reaches them.
 template <class Mul, class T>
 void pack_lanes(float* to, Strided<const T> rows, int64_t i0, int64_t i1, int64_t D) {
-  for (int v = 0; v < kVecs; ++v)
+  for (int64_t v = 0; i0 + v * W < i1; ++v)
     for (int64_t d = 0; d < D; d += W * Mul::kPack) {
       vf block[W];
 #pragma GCC unroll 16

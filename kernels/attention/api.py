@@ -44,7 +44,9 @@ def _make(case: Case, randn: Any) -> dict[str, Any]:
         "k": randn(case.B, Hk, case.Nk, D),
         "v": randn(case.B, Hk, case.Nk, case.Dv or D),
     }
-    return call | {key: getattr(case, key) for key in ("mask", "scale") if getattr(case, key) is not None}
+    return call | {
+        key: getattr(case, key) for key in ("mask", "scale") if getattr(case, key) is not None
+    }
 
 
 def _cost(case: Case, size: int) -> Cost:
@@ -67,7 +69,14 @@ def _peers(q, k, v, mask=None, scale=None):
     return {"torch sdpa": lambda q, k, v: sdpa(q, k, v, **options)}
 
 
-_MASKS = (None, Causal(), Causal("top-left"), Window(7, 0), Window(3, 5), Causal("top-left") & Window(20, 2))
+_MASKS = (
+    None,
+    Causal(),
+    Causal("top-left"),
+    Window(7, 0),
+    Window(3, 5),
+    Causal("top-left") & Window(20, 2),
+)
 _LENGTHS = ((1, 1), (33, 33), (5, 40), (40, 5), (65, 131), (130, 67), (0, 3), (3, 0))
 
 OP = Op(
@@ -87,18 +96,18 @@ OP = Op(
         q, k, v, materialize(mask, q.shape[2], k.shape[2], q.device), scale
     ),
     backends=(
-        triton(
-            "attention",
-            takes("dtype", F32, BF16, F16),
-            at_most("D", MAX_HEAD_DIM),
-            at_most("Dv", MAX_HEAD_DIM),
-        ),
         *cpu(
             "attention",
             takes("dtype", F32, BF16, F16),
             at_most("D", MAX_HEAD_DIM),
             at_most("Dv", MAX_HEAD_DIM),
             workspace=_workspace,
+        ),
+        triton(
+            "attention",
+            takes("dtype", F32, BF16, F16),
+            at_most("D", MAX_HEAD_DIM),
+            at_most("Dv", MAX_HEAD_DIM),
         ),
         reference(),
     ),
@@ -159,13 +168,17 @@ def attention(
     if Hq != Hk and (Hk == 0 or Hq % Hk):
         raise ValueError(f"attention: Hq is {Hq} and Hk is {Hk}; Hq must be a multiple of Hk")
     if Nq > UNBOUNDED or Nk > UNBOUNDED:
-        raise ValueError(f"attention: Nq is {Nq} and Nk is {Nk}; sequences have at most {UNBOUNDED} tokens")
+        raise ValueError(
+            f"attention: Nq is {Nq} and Nk is {Nk}; sequences have at most {UNBOUNDED} tokens"
+        )
     if mask is None:
         code = CAUSAL if causal else FULL
     elif isinstance(mask, Mask):
         code = (Causal() & mask).encode() if causal else mask.encode()
     else:
-        raise ValueError(f"attention: mask is {type(mask).__name__}; it takes a value of fastattn.masks or None")
+        raise ValueError(
+            f"attention: mask is {type(mask).__name__}; it takes a value of fastattn.masks or None"
+        )
     o, lse = OP.call(
         unit_stride(q),
         unit_stride(k),

@@ -427,8 +427,8 @@ struct Backward {
     const Strided<const T> qs = head(q, b, h), dos = head(dout, b, h);
     pack_lanes<Mul>(x.qt, qs, i0, i1, D);
     pack_lanes<Mul>(x.dot, dos, i0, i1, Dv);
-    pack_rows<Mul>(x.qr, qs, i0, i1, kTile, D);
-    pack_rows<Mul>(x.dor, dos, i0, i1, kTile, Dv);
+    pack_rows<Mul>(x.qr, qs, i0, i1, up(i1 - i0, W), D);
+    pack_rows<Mul>(x.dor, dos, i0, i1, up(i1 - i0, W), Dv);
     for (int i = 0; i < kTile; ++i) {  // lanes past the end, and rows that see nothing, have P = 0
       const double l = i0 + i < i1 ? lse(b, h, i0 + i) * 1.4426950408889634 : -kInf;
       x.lse[i] = l == -kInf ? kInf : static_cast<float>(l);

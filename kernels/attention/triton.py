@@ -54,10 +54,54 @@ def attention_fwd(
     walk = masks.walk(masks.keys(mask, i0, i1, Nq, Nk), masks.keys_all(mask, i0, i1, Nq, Nk), BN)
     factor = tl.abs(scores.factor(score)) * softmax.unit(NARROW)
     for j0 in tl.range(walk.full_begin, walk.full_end, BN):
-        acc, m, l = _absorb(acc, m, l, q_tile, k, v, b, hk, mask, score, factor, i0, j0, Nk, D, DV, BD, BDV, BM, BN, False)
+        acc, m, l = _absorb(
+            acc,
+            m,
+            l,
+            q_tile,
+            k,
+            v,
+            b,
+            hk,
+            mask,
+            score,
+            factor,
+            i0,
+            j0,
+            Nk,
+            D,
+            DV,
+            BD,
+            BDV,
+            BM,
+            BN,
+            False,
+        )
     for t in tl.range(0, walk.num_partial):
         j0 = masks.partial(walk, t, BN)
-        acc, m, l = _absorb(acc, m, l, q_tile, k, v, b, hk, mask, score, factor, i0, j0, Nk, D, DV, BD, BDV, BM, BN, True)
+        acc, m, l = _absorb(
+            acc,
+            m,
+            l,
+            q_tile,
+            k,
+            v,
+            b,
+            hk,
+            mask,
+            score,
+            factor,
+            i0,
+            j0,
+            Nk,
+            D,
+            DV,
+            BD,
+            BDV,
+            BM,
+            BN,
+            True,
+        )
 
     # Divide and write.
     o_tile, lse_tile = softmax.finish(acc, m, l, NARROW)
@@ -193,7 +237,9 @@ def attention_dkdv(
 
     # Walk the queries of every head that reads these keys, always in the same order: no atomics.
     j1 = tl.minimum(j0 + BN, Nk)
-    walk = masks.walk(masks.queries(mask, j0, j1, Nq, Nk), masks.queries_all(mask, j0, j1, Nq, Nk), BM)
+    walk = masks.walk(
+        masks.queries(mask, j0, j1, Nq, Nk), masks.queries_all(mask, j0, j1, Nq, Nk), BM
+    )
     for g in tl.range(0, group):
         h = hk * group + g
         for i0 in tl.range(walk.full_begin, walk.full_end, BM):
@@ -228,7 +274,9 @@ def _add_dkdv(
     shift_tile = rows.load_scalars(shift, b, h, i0, Nq, BM)  # [BM]
     delta_tile = rows.load_scalars(delta, b, h, i0, Nq, BM)  # [BM]
     s = dot(k, tl.trans(q_tile), tl.zeros([BN, BM], tl.float32))  # [BN, BM]
-    p = softmax.weights(scores.logits(score, s, i, j), factor, shift_tile[None, :], NARROW)  # [BN, BM]
+    p = softmax.weights(
+        scores.logits(score, s, i, j), factor, shift_tile[None, :], NARROW
+    )  # [BN, BM]
     if PARTIAL:
         p = tl.where(masks.visible(mask, i, j), p, 0.0)
     dv = dot(narrow(p, do_tile.dtype), do_tile, dv)  # [BN, BDV]
@@ -240,9 +288,56 @@ def _add_dkdv(
 # ---------------------------------------------------------------------------------------------------
 # Launch
 
+# {kind of processor: {kernel: tiles for widths up to 64, 128 and 256}}, by the size of a number in bytes.
+TILES = {
+    2: {
+        "sm_90": {
+            "fwd": (Tile(128, 64, 4, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+            "dq": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+            "dkdv": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 32, 8, 2)),
+        },
+        "sm": {
+            "fwd": (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+            "dq": (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 16, 8, 2)),
+            "dkdv": (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(16, 64, 8, 2)),
+        },
+        "gfx": {
+            "fwd": (Tile(128, 64, 4, 2), Tile(128, 32, 4, 2), Tile(64, 32, 4, 2)),
+            "dq": (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+            "dkdv": (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(16, 32, 4, 2)),
+        },
+    },
+    4: {
+        "sm": {
+            "fwd": (Tile(64, 32, 8, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 1)),
+            "dq": (Tile(64, 32, 8, 2), Tile(32, 16, 8, 2), Tile(16, 16, 8, 2)),
+            "dkdv": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+        },
+        "gfx": {
+            "fwd": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 1)),
+            "dq": (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 4, 1)),
+            "dkdv": (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1)),
+        },
+    },
+}  # fmt: skip
+TILES[4]["sm_90"] = TILES[4]["sm"]
+SMALL = {"fwd": Tile(64, 64, 4, 2), "dq": Tile(64, 64, 4, 2), "dkdv": Tile(64, 64, 8, 2)}
+FEW = 128  # programs that leave most of a large GPU idle: halve their tiles
 
-def tile(kernel, q, v):
-    return Tile(64, 32, 4, 2)
+
+def tile(kernel, q, v, owned):
+    """The tile for ``owned`` rows of which the kernel's programs own BM (or BN, dkdv) each."""
+    kind = launch.target(q.device.index)
+    if kind == "interpreter":
+        return Tile(64, 64, 1, 1)
+    width = max(q.shape[3], v.shape[3])
+    t = TILES[q.element_size()][kind][kernel][0 if width <= 64 else 1 if width <= 128 else 2]
+    rows_each = t.BN if kernel == "dkdv" else t.BM
+    return (
+        SMALL[kernel]
+        if kind != "gfx" and rows_each == 128 and owned <= FEW * rows_each and width <= 128
+        else t
+    )
 
 
 def forward(o, lse, q, k, v, mask, scale):
@@ -250,8 +345,8 @@ def forward(o, lse, q, k, v, mask, scale):
     _, Hk, Nk, DV = v.shape
     if B * Hq * Nq == 0:
         return
-    t = tile("fwd", q, v)
     with launch.on(q):
+        t = tile("fwd", q, v, B * Hq * Nq)
         attention_fwd[(B * Hq * triton.cdiv(Nq, t.BM),)](
             *map(rows.rows, (o, lse, q, k, v)),
             masks.encode(mask, Nq, Nk), scores.encode(scale), Hq, Hq // Hk, Nq, Nk,
@@ -268,13 +363,13 @@ def backward(dq, dk, dv, do, dlse, q, k, v, o, lse, mask, scale):
     dlse = dlse if dlse is None else rows.rows(dlse)
     with launch.on(q):
         if B * Hq * Nq:
-            t = tile("dq", q, v)
+            t = tile("dq", q, v, B * Hq * Nq)
             attention_dq[(B * Hq * triton.cdiv(Nq, t.BM),)](
                 *map(rows.rows, (dq, shift, delta, do)), dlse, *map(rows.rows, (q, k, v, o, lse)),
                 *what, Hq, Hq // Hk, Nq, Nk, *sizes, **t._asdict(), enable_fp_fusion=True,
             )  # fmt: skip
         if B * Hk * Nk:
-            t = tile("dkdv", q, v)
+            t = tile("dkdv", q, v, B * Hk * Nk)
             attention_dkdv[(B * Hk * triton.cdiv(Nk, t.BN),)](
                 *map(rows.rows, (dk, dv, do, shift, delta, q, k, v)),
                 *what, Hk, Hq // Hk, Nq, Nk, *sizes, **t._asdict(), enable_fp_fusion=True,

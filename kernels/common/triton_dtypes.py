@@ -28,7 +28,9 @@ def dot(a, b, acc):
     """acc + a b with products of the input type and sums in float32; float32 is not cut to tf32."""
     if INTERPRETED:
         # float64, so that the order in which this machine's BLAS sums does not count as the kernel's error.
-        product = tl.dot(a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64), out_dtype=tl.float64)
+        product = tl.dot(
+            a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64), out_dtype=tl.float64
+        )
         result = acc + product.to(tl.float32)
     else:
         result = tl.dot(a, b, acc, input_precision="ieee")

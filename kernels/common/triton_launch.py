@@ -11,19 +11,19 @@ from fastattn.kernels.common.triton_dtypes import INTERPRETED
 
 @functools.cache
 def target(device):
-    """The kind of processor, which tables of tiles go by.
+    """The kind of processor that tables of tiles go by; ``device`` is its number, or None on the CPU.
 
-    "sm_80", "sm_90", "sm_100"  NVIDIA with 160 KiB of shared memory a block or more: by compute capability
-    "sm"                        the other NVIDIA processors, 96 KiB
-    "gfx"                       AMD, 64 KiB
-    "interpreter"               Triton's interpreter, on the CPU
+    "sm_90"        NVIDIA with 224 KiB of shared memory a block: Hopper and Blackwell for servers
+    "sm"           the other NVIDIA processors, at least 96 KiB
+    "gfx"          AMD, 64 KiB
+    "interpreter"  Triton's interpreter
     """
     if INTERPRETED.value:
         return "interpreter"
     found = triton.runtime.driver.active.get_current_target()
     if found.backend != "cuda":
         return "gfx"
-    return {80: "sm_80", 87: "sm_80", 90: "sm_90", 100: "sm_100", 103: "sm_100"}.get(found.arch, "sm")
+    return "sm_90" if found.arch in (90, 100, 103) else "sm"
 
 
 def on(t):

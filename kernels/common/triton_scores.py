@@ -20,6 +20,7 @@ import triton.language as tl
 
 from fastattn.kernels.common.triton_dtypes import narrow
 
+
 class Scale(NamedTuple):
     """s_ij = scale * q_i . k_j"""
 

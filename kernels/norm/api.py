@@ -12,7 +12,9 @@ from fastattn.kernels.norm.reference import KINDS
 from fastattn.op import PROCESS, Case, Cost, Op, autocast, cpu, reference, takes, triton
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-ROWS_PER_BLOCK = 64  # rows whose parameter gradients are summed together, in order, before blocks are
+ROWS_PER_BLOCK = (
+    64  # rows whose parameter gradients are summed together, in order, before blocks are
+)
 
 
 def _wide(x):
@@ -47,7 +49,9 @@ def _recall(known):
     s, bias = known["s"], known["bias"]
     return known | {
         "x": s,
-        "residual": None if known["ds"] is None else torch.zeros_like(s),  # or the sum would not be an output
+        "residual": None
+        if known["ds"] is None
+        else torch.zeros_like(s),  # or the sum would not be an output
         "bias": bias if bias is None else torch.zeros_like(bias),
     }
 
@@ -105,8 +109,8 @@ OP = Op(
     facts={"device": "x.device.type", "dtype": "x.dtype"},
     reference=formula.forward,
     backends=(
-        triton("norm", takes("dtype", F32, BF16, F16)),
         *cpu("add_norm", takes("dtype", F32, BF16, F16), workspace=_workspace),
+        triton("norm", takes("dtype", F32, BF16, F16)),
         reference(),
     ),
     cases=[
@@ -172,7 +176,9 @@ def add_norm(
     y = y.view(shape)
     if not return_sum:
         return y
-    return y, s.view(shape) if s.numel() == y.numel() and (residual is not None or bias is not None) else x
+    return y, s.view(shape) if s.numel() == y.numel() and (
+        residual is not None or bias is not None
+    ) else x
 
 
 def _rows(t: torch.Tensor, D: int) -> torch.Tensor:
@@ -182,18 +188,30 @@ def _rows(t: torch.Tensor, D: int) -> torch.Tensor:
 
 def _check(x: Any, residual: Any, parameters: dict[str, Any], kind: Any, eps: Any) -> None:
     if not _is_dense(x) or x.dim() == 0 or x.dtype not in DTYPES:
-        raise ValueError(f"add_norm: x is {_describe(x)}; it takes a dense tensor [..., D] of {shown(*DTYPES)}")
+        raise ValueError(
+            f"add_norm: x is {_describe(x)}; it takes a dense tensor [..., D] of {shown(*DTYPES)}"
+        )
     if kind not in KINDS:
-        raise ValueError(f"add_norm: kind is {kind!r}; it takes one of {', '.join(map(repr, KINDS))}")
+        raise ValueError(
+            f"add_norm: kind is {kind!r}; it takes one of {', '.join(map(repr, KINDS))}"
+        )
     if not number("add_norm", "eps", eps) >= 0:
         raise ValueError(f"add_norm: eps is {eps}; it takes a number >= 0")
     if residual is not None and not (
-        _is_dense(residual) and residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+        _is_dense(residual)
+        and residual.shape == x.shape
+        and residual.dtype == x.dtype
+        and residual.device == x.device
     ):
-        raise ValueError(f"add_norm: residual is {_describe(residual)}; it takes what x is, {_describe(x)}")
+        raise ValueError(
+            f"add_norm: residual is {_describe(residual)}; it takes what x is, {_describe(x)}"
+        )
     for name, t in parameters.items():
         if t is not None and not (
-            _is_dense(t) and t.shape == x.shape[-1:] and t.dtype in (x.dtype, F32) and t.device == x.device
+            _is_dense(t)
+            and t.shape == x.shape[-1:]
+            and t.dtype in (x.dtype, F32)
+            and t.device == x.device
         ):
             dtypes = " or ".join(dict.fromkeys((shown(x.dtype), "float32")))
             raise ValueError(

@@ -100,7 +100,9 @@ def norm_bwd(
             g *= tl.load(weight + d, mask=d < D, other=0.0)[None, :]
 
         # Take out of g what the statistics absorb.
-        along = tl.sum(g * h, 1)[:, None] * (rstd_tile * rstd_tile) / (D + 1 if KIND == CRMS else D)  # [BM, 1]
+        along = (
+            tl.sum(g * h, 1)[:, None] * (rstd_tile * rstd_tile) / (D + 1 if KIND == CRMS else D)
+        )  # [BM, 1]
         if KIND == LAYER:
             g -= tl.sum(g, 1)[:, None] / D
         if KIND == CRMS:
@@ -124,7 +126,9 @@ def norm_bwd(
 
 
 @triton.jit(do_not_specialize=("num_parts",))
-def norm_sum(dbias, dweight, dbeta, parts, num_parts, D: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+def norm_sum(
+    dbias, dweight, dbeta, parts, num_parts, D: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr
+):
     """Sum the parts, always in the same order."""
     if dbias is not None:
         _sum(dbias, parts, num_parts, D, BP, BC)
@@ -140,7 +144,9 @@ def _sum(total, parts, num_parts, D: tl.constexpr, BP: tl.constexpr, BC: tl.cons
     acc = tl.zeros([BP, BC], tl.float32)
     for first in tl.range(0, num_parts, BP):
         n = first + tl.arange(0, BP)[:, None]
-        acc += tl.load(parts + n * D + d[None, :], mask=(n < num_parts) & (d[None, :] < D), other=0.0)
+        acc += tl.load(
+            parts + n * D + d[None, :], mask=(n < num_parts) & (d[None, :] < D), other=0.0
+        )
     tl.store(total + d, tl.sum(acc, 0), mask=d < D)
 
 
@@ -167,7 +173,9 @@ def backward(dx, dbias, dweight, dbeta, dy, ds, s, bias, weight, beta, mean, rst
     # A part is a number of steps that depends on the shape alone: the sums are the same on every machine.
     num_steps = max(1, triton.cdiv(N, t.BM * MAX_PARTS)) if any(given) else 1
     num_parts = triton.cdiv(N, t.BM * num_steps)
-    parts = torch.empty((3, num_parts, D) if any(given) else 1, dtype=torch.float32, device=s.device)
+    parts = torch.empty(
+        (3, num_parts, D) if any(given) else 1, dtype=torch.float32, device=s.device
+    )
     with launch.on(s):
         if N:
             norm_bwd[(num_parts,)](
@@ -176,5 +184,9 @@ def backward(dx, dbias, dweight, dbeta, dy, ds, s, bias, weight, beta, mean, rst
                 HAS_BIAS=given[0], HAS_WEIGHT=given[1], HAS_BETA=given[2], enable_fp_fusion=True,
             )  # fmt: skip
         if D and any(given):
-            sums = [total if wanted else None for total, wanted in zip((dbias, dweight, dbeta), given)]
-            norm_sum[(triton.cdiv(D, 32),)](*sums, parts, num_parts, D, 32, 32, num_warps=4, enable_fp_fusion=True)
+            sums = [
+                total if wanted else None for total, wanted in zip((dbias, dweight, dbeta), given)
+            ]
+            norm_sum[(triton.cdiv(D, 32),)](
+                *sums, parts, num_parts, D, 32, 32, num_warps=4, enable_fp_fusion=True
+            )
