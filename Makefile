@@ -16,7 +16,7 @@ CXX_FILES = $(wildcard $(foreach end,h cc cuh cu,csrc/*/*.$(end) kernels/*/*.$(e
 
 .PHONY: build bench test lint format sanitize gpu-check clean
 
-build: .venv/installed
+build: build/cmake/installed
 	@cmake --build build/cmake -- --quiet
 
 bench: build
@@ -59,7 +59,7 @@ ASK = import signal, urllib.request; signal.alarm(10); \
 	$(BIN)/pip install --quiet -r requirements.txt
 	@touch $@
 
-.venv/installed: .venv/requirements pyproject.toml setup.py
+build/cmake/installed: .venv/requirements pyproject.toml setup.py
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 

@@ -29,8 +29,8 @@ struct Band {
     FASTATTN_CHECK(bounds.size() == 4, "a band mask has 4 bounds, got ", bounds.size());
     const int64_t shift = num_k - num_q,
                   far = int64_t{1} << 30;  // the last query stands at the last key
-    lo = static_cast<int>(std::max({shift - bounds[0], -bounds[2], -far}));
-    hi = static_cast<int>(std::min({shift + bounds[1], bounds[3], far}));
+    lo = static_cast<int>(std::clamp(std::max(shift - bounds[0], -bounds[2]), -far, far));
+    hi = static_cast<int>(std::clamp(std::min(shift + bounds[1], bounds[3]), -far, far));
   }
 
   FASTATTN_HD bool visible(int i, int j) const { return (j - i >= lo) & (j - i <= hi); }

@@ -169,7 +169,8 @@ def attention_dq(
             total += tl.sum(p, 1)
         delta_tile += excess / tl.where(total == 0.0, 1.0, total)
     if dlse is not None:
-        delta_tile -= rows.load_scalars(dlse, b, h, i0, Nq, BM)
+        dlse_tile = rows.load_scalars(dlse, b, h, i0, Nq, BM)  # [BM]
+        delta_tile -= tl.where(lse_tile == float("-inf"), 0.0, dlse_tile)  # lse is constant there
     rows.store_scalars(delta, b, h, i0, delta_tile, Nq, BM)
     rows.store_scalars(shift, b, h, i0, shift_tile, Nq, BM)
 

@@ -103,7 +103,7 @@ def walk(some, all, B: tl.constexpr):
     end = tl.maximum(some[1], begin)
     full_begin = tl.cdiv(all[0], B) * B
     full_end = tl.maximum(all[1], 0) // B * B
-    if (full_begin >= full_end) | (full_begin < begin) | (full_end > end):
+    if full_begin >= full_end:
         full_begin = begin
         full_end = begin
     num_left = (full_begin - begin) // B

@@ -30,7 +30,7 @@ def rows(t):
     b, h, n, d = {4: t.stride(), 3: (*t.stride(), 0), 2: (0, 0, *t.stride())}[t.dim()]
     # Triton sees by itself that 16 divides a stride, and loads 16 bytes at a time.  It must be told of 8.
     unit = 8 if (b | h | n) % 16 == 8 else 1
-    N = t.shape[1 if t.dim() == 2 else 2] + 256  # tiles overhang by less
+    N = t.shape[-1 if t.dim() == 3 else -2] + 256  # tiles overhang by less
     is_wide = N * n + 256 * d >= 1 << 31
     return Rows(t, b // unit, h // unit, n // unit, d, tl.constexpr(unit), tl.constexpr(is_wide))
 

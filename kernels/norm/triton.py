@@ -23,7 +23,7 @@ class Tile(NamedTuple):
 
 def tile(D):
     BD = launch.block(D)
-    return Tile(max(1, 2048 // BD), BD, 4 if BD <= 2048 else 8 if BD <= 4096 else 16)
+    return Tile(max(1, 2048 // BD), BD, 4 if BD <= 2048 else 8 if BD <= 8192 else 16)
 
 
 # ---------------------------------------------------------------------------------------------------
