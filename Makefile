@@ -71,7 +71,7 @@ SANITIZE = $(foreach lib,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name
 sanitize: .venv/requirements
 	CMAKE_ARGS='$(CMAKE_ARGS) -DFASTATTN_SANITIZE=ON' \
 	  $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/site
-	PYTHONPATH=build/sanitize/site LD_PRELOAD='$(SANITIZE)' ASAN_OPTIONS=detect_leaks=0 \
+	PYTHONPATH=$(CURDIR)/build/sanitize/site LD_PRELOAD='$(SANITIZE)' ASAN_OPTIONS=detect_leaks=0 \
 	  sh -ec '$(BIN)/pytest -q tests/test_native.py; $(BIN)/pytest -q tests/test_contract.py --backend cpu'
 
 # The environment is left alone: the package is built beside it, from what is there, and run from there.
