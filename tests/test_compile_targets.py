@@ -24,7 +24,12 @@ from pathlib import Path
 import pytest
 import torch
 
-SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a block may have
+SHARED = {
+    "sm_80": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+}  # bytes a block may have
 KERNELS = {"fwd": "attention_fwd", "dq": "attention_dq", "dkdv": "attention_dkdv"}
 WIDTHS = (64, 128, 256)
 
@@ -59,10 +64,27 @@ def calls(attention, norm):
     def normalise(dtype, D, kind, given):
         x = torch.empty(64, D, dtype=dtype)
         rows, parameter = torch.empty(64), torch.empty(D)
-        bias, weight, beta = (parameter if name in given.split() else None for name in ("bias", "weight", "beta"))
+        bias, weight, beta = (
+            parameter if name in given.split() else None for name in ("bias", "weight", "beta")
+        )
         residual = x if "residual" in given.split() else None
         norm.forward(x, x, rows, rows, x, residual, bias, weight, beta, 1e-5, kind)
-        norm.backward(x, parameter, parameter, parameter, x, residual, x, bias, weight, beta, rows, rows, 1e-5, kind)
+        norm.backward(
+            x,
+            parameter,
+            parameter,
+            parameter,
+            x,
+            residual,
+            x,
+            bias,
+            weight,
+            beta,
+            rows,
+            rows,
+            1e-5,
+            kind,
+        )
 
     for D in WIDTHS:
         yield f"bfloat16 {D}", every, lambda D=D: attend(torch.bfloat16, D)
@@ -71,20 +93,27 @@ def calls(attention, norm):
     yield "few 128", ("sm_80", "sm_90"), lambda: attend(torch.bfloat16, 128, N=32)
     yield "grouped 128", ("sm_90",), lambda: attend(torch.bfloat16, 128, Hk=32, N=1024)
     yield "padded 40", ("sm_90",), lambda: attend(torch.bfloat16, 40, dlse=False)
-    for D, kind, given in ((768, 0, "residual bias weight beta"), (4096, 1, "residual weight"), (16384, 1, "weight")):
+    for D, kind, given in (
+        (768, 0, "residual bias weight beta"),
+        (4096, 1, "residual weight"),
+        (16384, 1, "weight"),
+    ):
         yield f"norm {D}", every, lambda D=D, k=kind, g=given: normalise(torch.bfloat16, D, k, g)
 
 
 def compile_all(say) -> None:
     import triton
-    from fastattn.kernels.attention import triton as attention
-    from fastattn.kernels.common import triton_launch
-    from fastattn.kernels.norm import triton as norm
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    targets = {name: GPUTarget("cuda", int(name[3:]), 32) for name in SHARED if name.startswith("sm")}
+    from fastattn.kernels.attention import triton as attention
+    from fastattn.kernels.common import triton_launch
+    from fastattn.kernels.norm import triton as norm
+
+    targets = {
+        name: GPUTarget("cuda", int(name[3:]), 32) for name in SHARED if name.startswith("sm")
+    }
     targets["gfx942"] = GPUTarget("hip", "gfx942", 64)
     run, found = JITFunction.run, []
 
@@ -105,7 +134,11 @@ def compile_all(say) -> None:
                 found.clear()
                 call()
                 for name, options, kernel in found:
-                    chosen = {n: options[n] for n in ("BM", "BN", "num_warps", "num_stages") if n in options}
+                    chosen = {
+                        n: options[n]
+                        for n in ("BM", "BN", "num_warps", "num_stages")
+                        if n in options
+                    }
                     say({
                         "target": target, "label": label, "kernel": name, "shared": kernel.metadata.shared,
                         "triton": triton.__version__, **chosen, **read(kernel.asm),
@@ -116,9 +149,15 @@ def read(asm) -> dict:
     """Registers, bytes or registers spilled, and how often each instruction occurs that a test asks about."""
     if "cubin" not in asm:
         text = asm["amdgcn"]
-        report = {n: int(m) for n, m in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text)}
+        report = {
+            n: int(m) for n, m in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text)
+        }
         words = re.findall(r"^\s*(v_mfma_\w+|(?:buffer|global)_load_\w+)", text, re.MULTILINE)
-        return {"regs": report["vgpr_count"], "spills": report["vgpr_spill_count"], "code": collections.Counter(words)}
+        return {
+            "regs": report["vgpr_count"],
+            "spills": report["vgpr_spill_count"],
+            "code": collections.Counter(words),
+        }
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -126,7 +165,9 @@ def read(asm) -> dict:
         file.write(asm["cubin"])
         file.flush()
         usage, sass = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [tool, option, file.name], capture_output=True, text=True, check=True
+            ).stdout
             for option in ("--dump-resource-usage", "--dump-sass")
         )
     words = [
@@ -139,7 +180,9 @@ def read(asm) -> dict:
 
 # ---- Testing ------------------------------------------------------------------------------------------
 
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+pytestmark = pytest.mark.skipif(
+    not importlib.util.find_spec("triton"), reason="triton is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +199,18 @@ def compiled() -> dict:
 
 
 def header(op: str) -> str:
-    return importlib.util.find_spec(f"fastattn.kernels.{op}.triton").loader.get_source(f"fastattn.kernels.{op}.triton")
+    return importlib.util.find_spec(f"fastattn.kernels.{op}.triton").loader.get_source(
+        f"fastattn.kernels.{op}.triton"
+    )
 
 
 def check_row(row: list[str], result: dict, version: str) -> None:
     """[tile, regs, spills] of a header, or [regs, spills], against the compiler's report."""
     *tile, regs, spills = row
     if tile:
-        assert tile == [f"{result['BM']}x{result['BN']}/{result['num_warps']}/{result['num_stages']}"]
+        assert tile == [
+            f"{result['BM']}x{result['BN']}/{result['num_warps']}/{result['num_stages']}"
+        ]
     if result["triton"].startswith(version):
         assert (result["regs"], result["spills"]) == (int(regs), int(spills))
 
@@ -173,7 +220,10 @@ def check_row(row: list[str], result: dict, version: str) -> None:
 def test_attention_is_as_its_header_says(compiled, kernel, D):
     text = header("attention")
     version = re.search(r"from: Triton (\d+\.\d+\.\d+)", text)[1]
-    half, single = (re.findall(rf"^ +{kernel} +{D} +(\S.*)$", part, re.MULTILINE) for part in text.split("float32 ")[:2])
+    half, single = (
+        re.findall(rf"^ +{kernel} +{D} +(\S.*)$", part, re.MULTILINE)
+        for part in text.split("float32 ")[:2]
+    )
     cells = half[0].split()
     for target, row in (
         ("sm_90", cells[0:3]), ("sm_100", cells[3:5]), ("sm_80", cells[5:8]), ("gfx942", cells[8:11]),
@@ -187,7 +237,9 @@ def test_attention_is_as_its_header_says(compiled, kernel, D):
 def test_norm_is_as_its_header_says(compiled):
     text = header("norm")
     version = re.search(r"from: Triton (\d+\.\d+\.\d+)", text)[1]
-    rows = re.findall(r"^ +(fwd|bwd|sum) +(\d+) +\S+ +(\d+) +(\d+) +(\d+) +(\d+)$", text, re.MULTILINE)
+    rows = re.findall(
+        r"^ +(fwd|bwd|sum) +(\d+) +\S+ +(\d+) +(\d+) +(\d+) +(\d+)$", text, re.MULTILINE
+    )
     assert len(rows) >= 6
     for kernel, D, *cells in rows:
         check_row(cells[0:2], compiled["sm_90", f"norm {D}", f"norm_{kernel}"], version)
@@ -209,7 +261,9 @@ def test_matrix_instructions(compiled):
         if target == "gfx942":
             assert mma, where
             inputs = "f32" if label.startswith("float32") else "bf16"
-            assert all(re.search(rf"v_mfma_f32_\w*{inputs}$|x\d+_?{inputs}|_{inputs}", w) for w in mma), (where, mma)
+            assert all(
+                re.search(rf"v_mfma_f32_\w*{inputs}$|x\d+_?{inputs}|_{inputs}", w) for w in mma
+            ), (where, mma)
         elif label.startswith("float32"):
             assert not mma, (where, mma)
             assert result["code"]["FFMA"] > 100, where
@@ -227,7 +281,9 @@ def test_tiles_are_loaded_16_bytes_at_a_time(compiled):
         code = result["code"]
         if result["target"] == "gfx942":
             wide = sum(n for w, n in code.items() if w.endswith("_load_dwordx4"))
-            narrow = sum(n for w, n in code.items() if "_load_" in w and not w.endswith("_load_dwordx4"))
+            narrow = sum(
+                n for w, n in code.items() if "_load_" in w and not w.endswith("_load_dwordx4")
+            )
         else:
             wide = code.get("LDG.128", 0) + code.get("LDGSTS.128", 0)
             narrow = code.get("LDG", 0) + code.get("LDGSTS", 0)
