@@ -327,7 +327,7 @@ class Op:
             for i in self._tensors:
                 t = args[i]
                 if t is not None:
-                    if type(t) not in _PLAIN:
+                    if type(t) not in _PLAIN or t.is_neg():  # torch.ops resolves lazy negation
                         break
                     watched = watched or (needs_grad and t.requires_grad)
             else:

@@ -438,3 +438,13 @@ def test_many_python_threads_at_once(name):
         thread.join(timeout=120)
     assert not any(thread.is_alive() for thread in threads)
     assert not wrong
+
+
+def test_lazy_negation_is_seen():
+    """The imaginary part of a conjugate is a view that means its negative: kernels read memory, so it must be resolved."""
+    q, k = torch.randn(1, 2, 7, 8), torch.randn(1, 2, 9, 8)
+    negated = torch._neg_view(q)
+    assert negated.is_neg()
+    assert torch.equal(fa.attention(negated, k, k), fa.attention(-q, k, k))
+    x, y = torch.randn(3, 8), torch._neg_view(torch.randn(3, 8))
+    assert torch.equal(fa.add_norm(x, y), fa.add_norm(x, y.resolve_neg()))
