@@ -269,6 +269,7 @@ class Op:
             ("bwd", self.backward, self.fake_backward, self._backward),
         ):
             name = f"{self.name}_{direction}"
+            run, fake = (_as_declared(schema, f) for f in (run, fake))
             _LIB.define(name + schema.replace(") ->", ', *, str backend="") ->', 1), tags=tags)
             _LIB.impl(name, run, "CompositeExplicitAutograd")
             torch.library.register_fake(f"fastattn::{name}", _ignoring_backend(fake), lib=_LIB)
@@ -280,7 +281,7 @@ class Op:
 
     def _save(self, ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
-        known = dict(zip(self.arguments, inputs)) | dict(zip(self.outputs, output))
+        known = dict(zip(self.arguments, inputs)) | dict(zip(self.outputs, _tuple(output)))
         given = [known[name] is not None for name in self.arguments]
         if self.save:
             known = self.save(known)
@@ -303,7 +304,7 @@ class Op:
             known["d" + name] = grad if grad is None else unit_stride(grad)
         eager = not torch.compiler.is_compiling() and _is_plain()
         run = self._backward if eager else self.op_backward
-        found = run(*(known[n] for n in self.backward_arguments), backend=ctx.backend)
+        found = _tuple(run(*(known[n] for n in self.backward_arguments), backend=ctx.backend))
         if torch.is_grad_enabled():  # create_graph=True
             once: Any = _Once.apply
             found = once(self.name, len(found), *found, *(known[n] for n in ctx.tensors), *grads)
@@ -342,7 +343,7 @@ class Op:
             )
         if not isinstance(backend, str):
             self.named(backend)
-        return self.op(*args, backend=backend)
+        return _tuple(self.op(*args, backend=backend))
 
     # -- running ------------------------------------------------------------------------------------
 
@@ -626,7 +627,18 @@ def _compile_facts(arguments: list[str], facts: dict[str, str]) -> Callable[...,
 
 
 def _ignoring_backend(fake: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, backend="": tuple(fake(*args))
+    return lambda *args, backend="": fake(*args)
+
+
+def _as_declared(schema: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` gives a sequence of results; a schema with a single one wants that alone."""
+    if len(_names(schema.split("->")[1])) == 1:
+        return lambda *args, **kwargs: run(*args, **kwargs)[0]
+    return lambda *args, **kwargs: tuple(run(*args, **kwargs))
+
+
+def _tuple(found: Any) -> tuple[torch.Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _shares(t: torch.Tensor, args: Sequence[Any]) -> bool:

@@ -42,6 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "contract: for backends with kernels; each must have executed some here"
     )
     config.addinivalue_line("markers", "formula: for the reference alone")
+    # Infinities are legal input; numpy, on which the interpreter runs kernels, remarks on them.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     config.stash[TALLY] = Tally()
     for option, known in (
         ("--op", set(OPS)),
@@ -113,9 +115,20 @@ def _row(item: pytest.Item) -> tuple[str, str]:
 
 @pytest.fixture(autouse=True)
 def _available(request: pytest.FixtureRequest) -> None:
-    backend = _point(request.node, "backend")
-    if backend is not None and (why := unavailable(backend)):
+    backend, dtype = _point(request.node, "backend"), _point(request.node, "dtype")
+    if backend is None:
+        return
+    if why := unavailable(backend):
         pytest.skip(f"{backend.name}: {why}")
+    interpreted = backend.family == "triton" and backend.device == "cpu"
+    if (
+        interpreted
+        and dtype not in (None, torch.float32)
+        and not request.node.get_closest_marker("contract")
+    ):
+        pytest.skip(
+            "triton: in the interpreter, which is slow, properties are asked of float32 alone"
+        )
 
 
 @pytest.fixture(autouse=True)

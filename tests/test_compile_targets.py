@@ -119,7 +119,9 @@ def compile_all(say) -> None:
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        found.append((self.__name__, options, kernel))
+        size = next((a._asdict() for a in args if hasattr(a, "BN")), {})
+        tile = {name: side.value for name, side in size.items() if name in ("BM", "BN")}
+        found.append((self.__name__, tile | options, kernel))
 
     JITFunction.run = compile_only
     for target, processor in targets.items():

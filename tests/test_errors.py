@@ -1,4 +1,7 @@
-"""The texts of refusals, and what no input may do: crash, allocate without end, or spill into other rows."""
+"""The texts of refusals, and what no input may do: crash, allocate without end, or spill into other rows.
+
+One file because refusals are read side by side, and every bad input is tried on every backend.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Identities that hold whatever the numbers: what tolerances miss, these catch.
 
 Equality is bit for bit where one number must not depend on another's neighbours; else it is the contract's budget.
+
+One file because both ops are asked the same questions in the same words.
 """
 
 from __future__ import annotations

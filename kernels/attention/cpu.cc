@@ -21,7 +21,7 @@
 //
 // A tile is T = 64 (avx512), 24 (avx2) or 12 (scalar) queries; a block is kKeys keys, cut into runs of 16 whose
 // visible lanes are the same, so that a causal or windowed edge costs what it shows.
-// Forward and backward share one file of 600 lines because they share the picture, the runs and the operands.
+// One file because forward and backward share the picture, the runs and the operands.
 // Measured and refused: DESIGN.md.  Assumes unit stride on the last axis (api.py) and D, Dv <= 256 (limits).
 #define FASTATTN_CPU_FILE "kernels/attention/cpu.cc"
 #include "kernels/attention/op.h"

@@ -1,8 +1,8 @@
 """Narrowing and products, equal on the GPU and in Triton's interpreter.
 
-The interpreter (TRITON_INTERPRET=1; seen in 3.6, 3.7 and 3.9) keeps bfloat16 as uint16 and is wrong about it twice:
-``x.to(tl.bfloat16)`` truncates, twice the error of rounding, and ``tl.dot`` multiplies the bit patterns as
-integers.  Compiled code takes neither detour.  Remove them when the interpreter's own are right.
+The interpreter (TRITON_INTERPRET=1; seen in 3.6, 3.7 and 3.9) keeps bfloat16 as uint16 and is wrong
+about it twice: ``x.to(tl.bfloat16)`` truncates, twice the error of rounding, and ``tl.dot``
+multiplies the bit patterns as integers.  Compiled code takes neither detour below.
 """
 
 import triton
@@ -27,7 +27,7 @@ def narrow(x, dtype: tl.constexpr):
 def dot(a, b, acc):
     """acc + a b with products of the input type and sums in float32; float32 is not cut to tf32."""
     if INTERPRETED:
-        # float64, so that the order in which this machine's BLAS sums does not count as the kernel's error.
+        # In float64, or the order in which numpy's BLAS sums would count as the kernel's error.
         product = tl.dot(
             a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64), out_dtype=tl.float64
         )

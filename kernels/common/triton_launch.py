@@ -11,7 +11,7 @@ from fastattn.kernels.common.triton_dtypes import INTERPRETED
 
 @functools.cache
 def target(device):
-    """The kind of processor that tables of tiles go by; ``device`` is its number, or None on the CPU.
+    """The kind of processor that tables of tiles go by; ``device`` is its number, None on the CPU.
 
     "sm_90"        NVIDIA with 224 KiB of shared memory a block: Hopper and Blackwell for servers
     "sm"           the other NVIDIA processors, at least 96 KiB

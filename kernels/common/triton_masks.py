@@ -1,7 +1,7 @@
 """Masks inside Triton kernels: which pairs (i, j) are visible, and which ranges can be skipped.
 
-A mask crosses from Python as integers (fastattn/masks.py, ``encode``); ``encode`` below turns them into the
-NamedTuple that kernels carry, and the functions after it are all that a kernel may ask:
+A mask crosses from Python as integers (fastattn/masks.py, ``encode``); ``encode`` below turns them
+into the NamedTuple that kernels carry, and the functions after it are all that a kernel may ask:
 
     visible(mask, i, j)                  the definition, elementwise
     keys(mask, i0, i1, Nq, Nk)           range of keys that some query of [i0, i1) may see
@@ -11,9 +11,9 @@ NamedTuple that kernels carry, and the functions after it are all that a kernel 
 
 Ranges are [begin, end) with 0 <= begin; end may lie before begin, which means none.
 
-A new mask adds a NamedTuple and its row in ``_KINDS``, gives every mask a constexpr field that tells them
-apart, and branches on it in these functions.  Kernels do not change.  The same mask in C++ is
-csrc/core/masks.h.
+A new mask adds a NamedTuple and its row in ``_KINDS``, gives every mask a constexpr field that
+tells them apart, and branches on it in these functions.  Kernels do not change.  The same masks in
+C++ are in csrc/core/masks.h.
 """
 
 from typing import Any, NamedTuple
@@ -34,7 +34,8 @@ class Band(NamedTuple):
 def _band(bounds, Nq, Nk):
     left, right, left_top, right_top = bounds
     shift = Nk - Nq  # the last query stands at the last key
-    # An absent bound stays the same number whatever the lengths, or each would compile a kernel of its own.
+    # An absent bound is one number whatever the lengths: Triton compiles a kernel again for other
+    # kinds of numbers (1, multiples of 16).
     return Band(
         lo=max(-FAR if left >= FAR else shift - left, -left_top),
         hi=min(FAR if right >= FAR else shift + right, right_top),
@@ -52,7 +53,10 @@ def encode(code, Nq, Nk):
 
 @triton.jit
 def visible(mask, i, j):
-    """Of i and j, one is a column [n, 1] and one a row [1, n]; the column does the arithmetic, being cheaper to hold."""
+    """One of i and j is a column [n, 1], the other a row [1, n].
+
+    The column does the arithmetic: a thread holds few rows of a tile and many columns.
+    """
     if i.shape[1] == 1:
         seen = (j >= i + mask.lo) & (j <= i + mask.hi)
     else:
@@ -81,7 +85,7 @@ def queries_all(mask, j0, j1, Nq, Nk):
 
 
 class Walk(NamedTuple):
-    """The tiles to visit along one axis: [full_begin, full_end) needs no test, the rest is partial."""
+    """The tiles to visit along one axis: [full_begin, full_end) is full, the others are partial."""
 
     full_begin: Any
     full_end: Any
@@ -112,5 +116,5 @@ def walk(some, all, B: tl.constexpr):
 
 @triton.jit
 def partial(w, t, B: tl.constexpr):
-    """Where the t-th partial tile of the walk begins: those before the full ones, then those after."""
+    """Where the t-th partial tile begins: first those before the full ones, then those after."""
     return tl.where(t < w.num_left, w.begin + t * B, w.full_end + (t - w.num_left) * B)

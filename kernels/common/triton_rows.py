@@ -1,8 +1,8 @@
 """Where the rows of a tensor [B, H, N, D] live, and tiles of them.
 
-Kernels carry a tensor as ``Rows``, a pointer and its strides in elements, and ask for tiles of consecutive rows of
-one head.  Places of tiles are 64-bit, since a tensor may pass 2^31 elements; places inside a tile are 32-bit
-wherever the strides allow it, which on a GPU saves a register a load.
+Kernels carry a tensor as ``Rows``, a pointer and its strides in elements, and ask for tiles of
+consecutive rows of one head.  Places of heads are 64-bit, since a tensor may pass 2^31 elements;
+places inside a head are 32-bit wherever that is enough, which saves a register an address.
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class Rows(NamedTuple):
 def rows(t):
     """A tensor [B, H, N, D], or [B, H, N] of one number a row, or [N, D] of a single head."""
     b, h, n, d = {4: t.stride(), 3: (*t.stride(), 0), 2: (0, 0, *t.stride())}[t.dim()]
-    # Triton sees by itself that 16 divides a stride, and loads 16 bytes at a time.  It must be told of 8.
+    # Triton sees where 16 divides a stride, and loads 16 bytes at a time; of 8 it must be told.
     unit = 8 if (b | h | n) % 16 == 8 else 1
     N = t.shape[-1 if t.dim() == 3 else -2] + 256  # tiles overhang by less
     is_wide = N * n + 256 * d >= 1 << 31
@@ -50,7 +50,7 @@ def _place(t, b, h, i, d):
 def load(
     t, b, h, i0, N, NUM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr
 ):
-    """Rows i0 .. i0 + NUM as a tile [NUM, BLOCK], zero past column WIDTH and, if CHECK, past row N."""
+    """Rows i0 .. i0 + NUM as a tile [NUM, BLOCK]; zero past WIDTH columns and, if CHECK, N rows."""
     i = i0 + tl.arange(0, NUM)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
     p_tile = _place(t, b, h, i, d)

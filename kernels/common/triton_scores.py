@@ -2,15 +2,15 @@
 
 A kernel forms the raw product s = q . k and asks
 
-    logits(score, s, i, j)          what is done to each product: the logit is  factor * logits;  plain scaling
-                                    does nothing here, so that it melts into the softmax's subtraction
-    factor(score)                   a number
-    logits_grad(score, ds, s, i, j) the derivative: from the gradient at scale * logits back to the products
-    orient(score, q)                q with the sign that makes the factor >= 0, for maxima before scaling
-    scale(score)                    what dq and dk are multiplied by in the end
+    logits(score, s, i, j)           what is done to each product; a logit is  factor * logits
+    factor(score)                    a number; all there is to plain scaling, where it melts into
+                                     the softmax's subtraction
+    logits_grad(score, ds, s, i, j)  from gradients at the logits to gradients at  scale * products
+    scale(score)                     what dq and dk are multiplied by in the end
+    orient(score, q)                 q with the sign that makes factor >= 0
 
-A soft-cap or a bias adds a NamedTuple, a constexpr field that tells the scores apart, and a branch in these
-functions.  Kernels do not change.
+A soft-cap or a bias adds a NamedTuple, a constexpr field that tells the scores apart, and a branch
+in these functions.  Kernels do not change.
 """
 
 from typing import Any, NamedTuple

@@ -1,11 +1,12 @@
 """The online softmax.  What happens to a row that sees nothing is decided here, once.
 
-A row holds  m, the largest logit so far (-inf: none yet),  l = sum of exp(x - m)  and the sum of weighted values.
-Such a row ends with l = 0 and m = -inf:  o = 0,  lse = -inf,  and weights of zero in the backward pass.
+A row holds  m, the largest logit so far (-inf: none yet),  l = sum of exp(x - m),  and the sum of
+weighted values.  A row that sees nothing ends with l = 0 and m = -inf: o = 0, lse = -inf, and
+weights of zero in the backward pass.
 
-Logits are in units of ``unit(NARROW)``: base 2 beside 16-bit tensors, which saves a multiplication an element.
-Float32 tensors (not NARROW) stay in base e: the roundings of lse to base 2 and back would double the error of
-the backward pass, which forms its weights from it.
+Beside 16-bit tensors (NARROW) logits are in base 2, which saves a multiplication an element.
+Beside float32 they stay natural: the backward pass forms its weights from lse, and rounding that
+to base 2 and back would double its error.
 """
 
 import triton
@@ -28,7 +29,10 @@ def _exp(x, NARROW: tl.constexpr):
 
 @triton.jit
 def absorb(x, factor, m, l, NARROW: tl.constexpr, PARTIAL: tl.constexpr):
-    """Take in logits factor * x [BM, BN], factor >= 0: weights p, rescaling of what was summed, and new m, l."""
+    """Take in logits factor * x [BM, BN], factor >= 0.
+
+    Returns weights p [BM, BN], what earlier sums are multiplied by [BM], and the new m and l [BM].
+    """
     m_new = tl.maximum(m, tl.max(x, 1) * factor)  # [BM]
     origin = m_new
     if PARTIAL:  # all of the row may be masked so far; subtract a finite number then
@@ -48,7 +52,7 @@ def finish(acc, m, l, NARROW: tl.constexpr):
 
 @triton.jit
 def shift(lse, NARROW: tl.constexpr):
-    """What the backward pass subtracts from logits: lse in their units; +inf in a row that sees nothing."""
+    """What the backward pass subtracts from logits: lse in their units; +inf if nothing is seen."""
     return tl.where(lse == float("-inf"), float("inf"), lse * unit(NARROW))
 
 

@@ -1,4 +1,38 @@
-"""add_norm, Triton"""
+"""add_norm, forward and backward, Triton for NVIDIA and AMD                      maths: README.md
+
+s = x + bias + residual,   y = (s - mean) * rstd * weight + beta,   over each row of D
+dx = rstd * (g - average - t c) + ds,   g = dy * weight,   c = rstd^2 sum(g h) / n
+
+             D ->                      fwd: a program owns BM rows and reads them once; they stay
+   rows  +------------+                in registers from the sum to y.
+    |    | BM x BD    | <- program 0   bwd: a program owns a part, consecutive rows, and walks it BM
+    v    +------------+                at a time, dx on the way.  Sums over its rows (dbias,
+         | BM x BD    | <- program 1   dweight, dbeta) stay in registers and are written once.
+         +------------+                sum: a program adds 32 columns of all parts, in order: no
+           | | | | |                   atomics, the same bits every time.
+         dbias, dweight, dbeta [D]
+
+BD is the power of two that holds D.  Registers of a thread, and spills in bytes (NVIDIA) or
+registers (AMD), of bfloat16: layer with everything (768), rms with residual and weight (4096), rms
+with weight (16384).              from: Triton 3.7.1, compared by tests/test_compile_targets.py
+
+    kernel     D    BM/warps   sm_90      gfx942
+                               reg  spl   reg  spl
+    fwd      768    2/4         48    0    36    0
+    fwd     4096    1/8         40    0    30    0
+    fwd    16384    1/16        86    0    56    0
+    bwd      768    2/4        128    0    84    0
+    bwd     4096    1/8         80    0    68    0
+    bwd    16384    1/16       128    0   102    0
+    sum      768    32/4        32    0    20    0
+    sum     4096    32/4        32    0    16    0
+    sum    16384    32/4        32    0    16    0
+
+Layer with bias, weight and beta at D = 16384 does not fit: its backward pass spills.
+
+Measured: not yet run on a GPU; results are checked in Triton's interpreter, code by reading it.
+Not done: rows in pieces, for D past 2^16.  Assumes contiguous float32 parameters (api.py).
+"""
 
 from typing import NamedTuple
 
@@ -26,8 +60,7 @@ def tile(D):
     return Tile(max(1, 2048 // BD), BD, 4 if BD <= 2048 else 8 if BD <= 8192 else 16)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Forward
+# ---- Forward ------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=("N",))
@@ -70,8 +103,7 @@ def norm_fwd(
     tl.store(rstd + i, rstd_tile, mask=i < N)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Backward: dx, and sums over rows by parts; then the sums of the parts
+# ---- Backward: dx, and sums over rows by parts; then the sums of the parts ----------------------
 
 
 @triton.jit(do_not_specialize=("N", "num_steps"))
@@ -150,8 +182,7 @@ def _sum(total, parts, num_parts, D: tl.constexpr, BP: tl.constexpr, BC: tl.cons
     tl.store(total + d, tl.sum(acc, 0), mask=d < D)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Launch
+# ---- Launch -------------------------------------------------------------------------------------
 
 
 def forward(y, s, mean, rstd, x, residual, bias, weight, beta, eps, kind):
@@ -170,7 +201,7 @@ def backward(dx, dbias, dweight, dbeta, dy, ds, s, bias, weight, beta, mean, rst
     N, D = s.shape
     t = tile(D)
     given = [parameter is not None for parameter in (bias, weight, beta)]
-    # A part is a number of steps that depends on the shape alone: the sums are the same on every machine.
+    # The size of a part depends on the shape alone: sums are in the same order on every machine.
     num_steps = max(1, triton.cdiv(N, t.BM * MAX_PARTS)) if any(given) else 1
     num_parts = triton.cdiv(N, t.BM * num_steps)
     parts = torch.empty(
@@ -179,8 +210,8 @@ def backward(dx, dbias, dweight, dbeta, dy, ds, s, bias, weight, beta, mean, rst
     with launch.on(s):
         if N:
             norm_bwd[(num_parts,)](
-                rows.rows(dx), parts, rows.rows(dy), None if ds is None else rows.rows(ds), rows.rows(s),
-                weight, mean, rstd, N, num_steps, kind, D, **t._asdict(),
+                rows.rows(dx), parts, rows.rows(dy), None if ds is None else rows.rows(ds),
+                rows.rows(s), weight, mean, rstd, N, num_steps, kind, D, **t._asdict(),
                 HAS_BIAS=given[0], HAS_WEIGHT=given[1], HAS_BETA=given[2], enable_fp_fusion=True,
             )  # fmt: skip
         if D and any(given):
