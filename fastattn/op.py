@@ -308,9 +308,9 @@ class Op:
         if torch.is_grad_enabled():  # create_graph=True
             once: Any = _Once.apply
             found = once(self.name, len(found), *found, *(known[n] for n in ctx.tensors), *grads)
-        found = dict(zip(self.gradients, found))
+        by_name = dict(zip(self.gradients, found))
         return tuple(
-            found.get("d" + self.same_gradient.get(name, name)) if needed and given else None
+            by_name.get("d" + self.same_gradient.get(name, name)) if needed and given else None
             for name, needed, given in zip(
                 self.arguments, ctx.needs_input_grad[-len(self.arguments) :], ctx.given
             )

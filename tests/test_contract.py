@@ -7,7 +7,10 @@ backends that are wrong in one way each and must not pass.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -381,3 +384,30 @@ def test_the_contract_accepts_what_is_right(name):
     with row(op, "not_wrong") as backend:
         for case in op.cases:
             prove(op, backend, torch.float32, case)
+
+
+IDLE = """
+from fastattn.op import OPS, Backend, takes
+
+op = OPS["add_norm"]
+op.backends += (Backend("idle", (takes("dtype", "none"),), "nowhere:forward", "nowhere:backward"),)
+op.by_name["idle"] = op.backends[-1]
+"""
+
+
+def test_a_backend_that_executes_nothing_fails_the_run(tmp_path):
+    """Skips are green, and a row that skips everything would be for ever."""
+    (tmp_path / "idle.py").write_text("import fastattn\n" + IDLE)
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "idle", __file__, "--backend", "idle", "-q"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=300,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout
+    cases = 3 * len(OPS["add_norm"].cases)
+    assert f"{cases} skipped" in done.stdout
+    assert (
+        f"add_norm: idle can run on this machine, but of its {cases} contract cases none"
+        in done.stdout
+    )
