@@ -2,6 +2,8 @@
 
 Nothing here names a shape, a dtype or a tolerance: the descriptors do.  The second half proves the proof, with
 backends that are wrong in one way each and must not pass.
+
+One file because a proof and the proof that it can fail belong together.
 """
 
 from __future__ import annotations

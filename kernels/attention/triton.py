@@ -42,7 +42,7 @@ or registers (AMD).               from: Triton 3.7.1, compared by tests/test_com
     dkdv  128  16x32/8/1   107   0  16x32/8/1   202   0
     dkdv  256  16x16/8/1   106   0  16x16/4/1   387   0
 
-With grouped heads dkdv at 128 on sm_90 spills 224 bytes, outside the loops over queries.
+With grouped heads dkdv at 128 on sm_90 spills 192 bytes, outside the loops over queries.
 
 Measured: not yet run on a GPU; results are checked in Triton's interpreter, code by reading it.
 Not done, for want of a GPU to measure on: loads by TMA and warp specialisation on sm_90 and later;
