@@ -117,7 +117,7 @@ def _why_no_isa(isa: str) -> str:
 
 
 def cpu(op: str, *limits: Limit, workspace: Any = None) -> tuple[Backend, ...]:
-    """One row per instruction set, widest first; all from the one source kernels/<op>/cpu.cc."""
+    """One row per instruction set, widest first; all from the same sources, kernels/<op>/cpu*.cc."""
     return tuple(
         Backend(
             f"cpu-{isa}",

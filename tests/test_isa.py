@@ -16,7 +16,7 @@ import pytest
 from fastattn import _cpu
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted([*ROOT.glob("csrc/cpu/*.cc"), *ROOT.glob("kernels/*/cpu.cc")])
+SOURCES = sorted([*ROOT.glob("csrc/cpu/*.cc"), *ROOT.glob("kernels/*/cpu*.cc")])
 
 # Instructions as objdump prints them, bytes first. In 64-bit code AVX, AVX2, FMA and F16C begin with the byte
 # c4 or c5 (after an address prefix), AVX-512 with 62, or with c4 or c5 when they compute masks.

@@ -1,5 +1,6 @@
 // What happens to a logit between q.k and the softmax.  Kernels work in base 2, where exp is cheapest: a score
-// returns log2(e) times the natural logit, and its gradient maps dL/d(natural logit) to dL/d(q.k).
+// returns log2(e) times the natural logit, and its gradient maps dL/d(natural logit) to dL/d(q.k) / scale: dq and dk
+// are scaled once, at the end.
 //
 // No include guard: the vector types of one instruction set must not be compiled for another, so each target
 // region reads this file into its own namespace.
@@ -18,7 +19,7 @@ struct Scale {
   }
   template <class F>
   FASTATTN_HD F gradient(F dlogit) const {
-    return dlogit * scale;
+    return dlogit;
   }
 };
 }

@@ -39,7 +39,7 @@ struct Fma {
 #if FASTATTN_HAS_BF16DOT
 struct Bf16Dot {
   static constexpr int kPack = 2;
-  static constexpr int kExpDegree = 4;
+  static constexpr int kExpDegree = 3;
   FASTATTN_INLINE static vf mac(vf acc, vf a, vf b) { return dot(acc, a, b); }
 };
 #endif
@@ -50,39 +50,66 @@ FASTATTN_INLINE vf broadcast(const char* word) {
   return settled(splat(x));  // an FMA with an embedded broadcast reaches 85 % of the rate
 }
 
-// acc[r][v] += sum over k < K.  b points at the tile's first lane; ldb is in floats.
+// One step of k.  b points at the tile's first lane.
 template <class Mul, int R, int NV>
-FASTATTN_INLINE void multiply_chunk(vf (&acc)[R][NV], const char* base, int64_t row, int64_t step,
-                                    const float* b, int64_t ldb, int64_t K) {
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < K; ++k) {
-    vf bs[NV];
+FASTATTN_INLINE void step(vf (&acc)[R][NV], const char* a, int64_t row, const float* b) {
+  vf bs[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bs[v] = load(b + v * W);
+  for (int v = 0; v < NV; ++v) bs[v] = load(b + v * W);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const vf ar = broadcast(base + r * row);
+  for (int r = 0; r < R; ++r) {
+    const vf ar = broadcast(a + r * row);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = Mul::mac(acc[r][v], ar, bs[v]);
-    }
-    base += step;
-    b += ldb;
+    for (int v = 0; v < NV; ++v) acc[r][v] = Mul::mac(acc[r][v], ar, bs[v]);
   }
 }
 
-// acc = A B.  A sum of many terms is rounded at the size of the sum at every step; long ones are summed in parts.
+// acc = A B; ldb is in floats.  A sum of many terms is rounded at the size of the sum at every step; long ones are
+// summed in parts.  Meanwhile job(first), ..., job(last - 1), one in every four steps.
+struct Nothing {
+  static constexpr int first = 0, last = 0;
+  FASTATTN_INLINE void operator()(int) const {}
+};
 inline constexpr int64_t kChunk = 128;
-template <class Mul, int R, int NV>
-FASTATTN_INLINE void multiply(vf (&acc)[R][NV], Words a, const float* b, int64_t ldb, int64_t K) {
-  multiply_chunk<Mul>(acc, a.base, a.row, a.step, b, ldb, std::min(K, kChunk));
-  for (int64_t k = kChunk; k < K; k += kChunk) {
+template <class Mul, int R, int NV, class Job = Nothing>
+FASTATTN_INLINE void multiply(vf (&acc)[R][NV], Words a, const float* b, int64_t ldb, int64_t K,
+                              const Job& job = {}) {
+  const char* at = a.base;
+  int64_t k = 0, end = std::min(K, kChunk);
+  for (int i = job.first; i < job.last; ++i) {
+    if (k + 4 <= end)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j, ++k, at += a.step, b += ldb) step<Mul>(acc, at, a.row, b);
+    job(i);
+  }
+#pragma GCC unroll 2
+  for (; k < end; ++k, at += a.step, b += ldb) step<Mul>(acc, at, a.row, b);
+  while (k < K) {
     vf part[R][NV] = {};
-    multiply_chunk<Mul>(part, a.base + k * a.step, a.row, a.step, b + k * ldb, ldb,
-                        std::min(K - k, kChunk));
+    end = std::min(k + kChunk, K);
+#pragma GCC unroll 2
+    for (; k < end; ++k, at += a.step, b += ldb) step<Mul>(part, at, a.row, b);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[r][v] += part[r][v];
+  }
+}
+
+// acc = A B beside the jobs that the tile before has left: the pipes that multiply leave free those that add and shift.
+// Sixteen registers do not hold both; there the jobs come first.
+template <class Jobs>
+FASTATTN_INLINE void settle(const Jobs& jobs) {
+  for (int i = jobs.first; i < jobs.last; ++i) jobs(i);
+}
+template <class Mul, int R, int NV, class Jobs>
+FASTATTN_INLINE void multiply_beside(vf (&acc)[R][NV], Words a, const float* b, int64_t ldb,
+                                     int64_t K, const Jobs& jobs) {
+  if constexpr (FASTATTN_SIMD_WIDTH == 64) {
+    multiply<Mul>(acc, a, b, ldb, K, jobs);
+  } else {
+    settle(jobs);
+    multiply<Mul>(acc, a, b, ldb, K);
   }
 }
 
@@ -96,6 +123,7 @@ FASTATTN_INLINE int64_t rows_of(F& f, int64_t r, int64_t rows) {
 template <int NV, class F>
 [[gnu::noinline]] void for_rows(F& f, int64_t rows) {
   rows_of<kRows<NV>, NV>(f, 0, rows);
+  if constexpr (requires { f.template finish<NV>(); }) f.template finish<NV>();
 }
 template <class F>
 FASTATTN_INLINE void for_tiles(F& f, int64_t rows, int vecs) {

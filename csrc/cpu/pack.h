@@ -29,6 +29,7 @@ void pack_lanes(float* to, Strided<const T> rows, int64_t i0, int64_t i1, int64_
       for (int r = 0; r < W; ++r) {
         const int64_t i = i0 + v * W + r;
         block[r] = i < i1 ? load_words<Mul>(rows[i] + d, D - d) : vf{};
+        if (i + W < i1) __builtin_prefetch(rows[i + W] + d);
       }
       transpose(block);
       const int64_t word = d / Mul::kPack, words = (D - d + Mul::kPack - 1) / Mul::kPack;

@@ -28,7 +28,8 @@ FASTATTN_INLINE vi splat(int x) { return x - vi{}; }
 FASTATTN_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 FASTATTN_INLINE vf max(vf a, vf b) {  // b where either is NaN
 #if FASTATTN_SIMD_WIDTH == 64
-  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+  return (vf)_mm512_mask_max_ps((__m512)a, 0xffff, (__m512)a,
+                                (__m512)b);  // GCC warns of _mm512_max_ps
 #elif FASTATTN_SIMD_WIDTH == 32
   return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
@@ -151,32 +152,39 @@ FASTATTN_INLINE void store(T* p, vf v, int64_t n) {
 FASTATTN_INLINE vf dot(vf acc, vf a, vf b) {  // acc + a.lo * b.lo + a.hi * b.hi, in each lane
   return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 }
-FASTATTN_INLINE vf pairs(vf lo, vf hi) {  // each lane's two numbers, side by side
-  const __m512i by_lane =
-      (__m512i)_mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo);  // lo 0..15, hi 0..15
+typedef uint16_t vp __attribute__((vector_size(FASTATTN_SIMD_WIDTH)));  // two rows of W bf16
+FASTATTN_INLINE vp to_bf16(vf first, vf second) {
+  return (vp)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+FASTATTN_INLINE vf pairs(vp rows) {  // each lane's two numbers, side by side
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
                                          8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return (vf)_mm512_permutexvar_epi16(order, by_lane);
+  return (vf)_mm512_permutexvar_epi16(order, (__m512i)rows);
 }
+FASTATTN_INLINE void store_halves(bf16* p, int64_t row, vp rows) {
+  store_as(p, _mm512_castsi512_si256((__m512i)rows));
+  store_as(p + row, _mm512_extracti64x4_epi64((__m512i)rows, 1));
+}
+FASTATTN_INLINE vf low_half(vf words) { return (vf)((vu)words << 16); }  // the numbers again
+FASTATTN_INLINE vf high_half(vf words) { return (vf)((vu)words & 0xffff0000u); }
 FASTATTN_INLINE vf pairs(const bf16* lo, const bf16* hi) {
   return (vf)(__builtin_convertvector(load_as<vh>(lo), vu) |
               (__builtin_convertvector(load_as<vh>(hi), vu) << 16));
-}
-FASTATTN_INLINE void store_bf16(bf16* p, vf first, vf second) {  // 2 W numbers in order
-  store_as(p, _mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
 }
 #endif
 
 // ---- functions -------------------------------------------------------------------------------------------
 
-// 2^x for x <= 0 (and a little above), 0 below 2^-126, NaN for NaN.  Coefficients: minimax of the relative error
-// of 2^r on [-1/2, 1/2]; degree 4 errs 2.6e-6 (bf16 rounds at 2e-3), 5 errs 7.5e-8, 6 errs below one float32 ulp.
+inline constexpr float kShift =
+    12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
+
+// 2^x for x <= 0 (and a little above), 0 below 2^-127, NaN for NaN.  Coefficients: minimax of the relative error of
+// 2^r on [-1/2, 1/2] with 2^0 = 1; degree 3 errs 1.0e-4 (bf16 rounds at 2e-3), 6 below one float32 ulp.
 template <int Degree>
 FASTATTN_INLINE vf exp2(vf x) {
-  static_assert(Degree >= 4 && Degree <= 6);
-  const float kShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
-  const vf t = x + kShift,
-           r = x - (t - kShift);  // below -126 both may be anything: the last line drops them
+  static_assert(Degree == 3 || Degree == 6);
+  x = max(splat(-127.0f), x);                     // where the exponent below comes out as zero
+  const vf t = x + kShift, r = x - (t - kShift);  // the low bits of t are round(x)
   vf y;
   if constexpr (Degree == 6) {
     y = r * 0x1.41d334p-13f + 0x1.5f456ap-10f;
@@ -184,21 +192,12 @@ FASTATTN_INLINE vf exp2(vf x) {
     y = y * r + 0x1.c6aed4p-5f;
     y = y * r + 0x1.ebfbdap-3f;
     y = y * r + 0x1.62e430p-1f;
-    y = y * r + 1.0f;
-  } else if constexpr (Degree == 5) {
-    y = r * 0x1.5c08e6p-10f + 0x1.3d0c52p-7f;
-    y = y * r + 0x1.c6b6e4p-5f;
-    y = y * r + 0x1.ebf918p-3f;
-    y = y * r + 0x1.62e428p-1f;
-    y = y * r + 0x1.000002p+0f;
   } else {
-    y = r * 0x1.3997d6p-7f + 0x1.ca1440p-5f;
-    y = y * r + 0x1.ec06dap-3f;
-    y = y * r + 0x1.62e0dcp-1f;
-    y = y * r + 0x1.ffffe8p-1f;
+    y = r * 0x1.c2a218p-5f + 0x1.f00c4ep-3f;
+    y = y * r + 0x1.62f5fap-1f;
   }
-  y = (vf)((vi)y + ((vi)t << 23));  // the low bits of t are round(x): add them to the exponent
-  return x < -126.0f ? vf{} : y;
+  y = y * r + 1.0f;
+  return (vf)((vi)y + ((vi)t << 23));
 }
 
 // ln x for normal x > 0, within 2 ulp: x = 2^e m with m in [sqrt(1/2), sqrt(2)), and ln m = 2 artanh((m - 1) / (m + 1)).

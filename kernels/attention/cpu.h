@@ -1,0 +1,52 @@
+// What forward and backward share.  No include guard: isa.h reads it once for each instruction set.
+namespace fastattn::cpu::FASTATTN_ISA {
+namespace {
+
+constexpr int kKeys = 128;  // keys in a block
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// How numbers of a type are multiplied.
+template <class T>
+struct MulOf {
+  using type = Fma;
+};
+#if FASTATTN_HAS_BF16DOT
+template <>
+struct MulOf<bf16> {
+  using type = Bf16Dot;
+};
+#endif
+
+template <class T>
+Strided<T> head(const View<T, 4>& t, int64_t b, int64_t h) {
+  return {t.at(b, h), t.stride[2]};
+}
+
+struct Carver {  // hands out consecutive parts of this thread's scratch memory
+  float* next;
+  float* take(int64_t floats) { return std::exchange(next, next + up(floats, 16)); }
+};
+
+// Run-time values become types here, once: `run` is called with the element type and the mask.
+template <class Run>
+struct WithMask {
+  const Run& run;
+  DType dtype;
+
+  template <class M>
+  struct WithType {
+    const Run& run;
+    const M& mask;
+    template <class T>
+    void operator()(Type<T> type) const {
+      run(type, mask);
+    }
+  };
+  template <class M>
+  void operator()(const M& mask) const {
+    dispatch(types<float, bf16, f16>, "q.dtype", dtype, WithType<M>{run, mask});
+  }
+};
+
+}  // namespace
+}  // namespace fastattn::cpu::FASTATTN_ISA
