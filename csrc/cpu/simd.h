@@ -237,4 +237,25 @@ FASTATTN_INLINE float sum(vf v) {  // in a fixed order: halves onto each other
     return sum<Half / 2>(v + upper<Half>(v, std::make_integer_sequence<int, W>{}));
 }
 
+// x . y of two rows in float64.
+typedef double vd __attribute__((vector_size(FASTATTN_SIMD_WIDTH)));
+template <int First, int... lane>
+FASTATTN_INLINE vd doubles(vf v, std::integer_sequence<int, lane...>) {
+  return __builtin_convertvector(__builtin_shufflevector(v, v, (First + lane)...), vd);
+}
+template <class T>
+float dot(const T* x, const T* y, int64_t n) {
+  using Half = std::make_integer_sequence<int, W / 2>;
+  vd total{};
+  for (int64_t d = 0; d < n; d += W) {
+    const vf a = n - d >= W ? load(x + d) : load(x + d, n - d),
+             c = n - d >= W ? load(y + d) : load(y + d, n - d);
+    total += doubles<0>(a, Half{}) * doubles<0>(c, Half{});
+    total += doubles<W / 2>(a, Half{}) * doubles<W / 2>(c, Half{});
+  }
+  double sum = 0;
+  for (int lane = 0; lane < W / 2; ++lane) sum += total[lane];
+  return static_cast<float>(sum);
+}
+
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -320,7 +320,7 @@ struct Backward {
 };
 
 // Before the keys: delta_i = do_i . o_i, nobody's turn yet, and dq = 0 where no key is seen.  dS is P times a small
-// difference of dP and delta, so delta is summed with its rounding errors carried along (Dekker, Knuth).
+// difference of dP and delta, so delta is summed in float64.
 template <class T, class M>
 struct Prepare {
   const Backward<T, M>& f;
@@ -331,23 +331,8 @@ struct Prepare {
     const int64_t b = task / tiles / Hq, h = task / tiles % Hq, t = task % tiles;
     const int64_t i0 = t * kTile, i1 = std::min(i0 + kTile, f.Nq);
     f.turns(b, h, t) = 0;
-    float* const a = static_cast<float*>(scratch(4 * 2 * up(f.Dv, W) * kTile));
-    float* const c = a + up(f.Dv, W) * kTile;
-    pack_lanes<Fma>(a, head(f.dout, b, h), i0, i1, f.Dv);
-    pack_lanes<Fma>(c, head(o, b, h), i0, i1, f.Dv);
-    for (int64_t v = 0; i0 + v * W < i1; ++v) {
-      vf total{}, low{};
-      for (int64_t d = 0; d < f.Dv; ++d) {
-        const vf x = load(a + d * kTile + v * W), y = load(c + d * kTile + v * W);
-        const vf product = settled(x * y), next = total + product, part = next - total;
-        low += (x * y - product) + ((total - (next - part)) + (product - part));
-        total = next;
-      }
-      total += low;
-      float* const to = &f.delta(b, h, i0 + v * W);
-      const int64_t left = i1 - i0 - v * W;
-      left >= W ? store(to, total) : store(to, total, left);
-    }
+    for (int64_t i = i0; i < i1; ++i)
+      f.delta(b, h, i) = dot(f.dout.at(b, h, i), o.at(b, h, i), f.Dv);
     if (!f.blocks_of(i0, i1).empty()) return;
     for (int64_t i = i0; i < i1; ++i) std::memset(f.dq.at(b, h, i), 0, f.D * sizeof(T));
   }
