@@ -238,11 +238,30 @@ class Op:
         self.outputs = _names(self.forward.split("->")[1])
         self.backward_arguments = _names(self.backward.split("->")[0])
         self.gradients = _names(self.backward.split("->")[1])
-        # Outputs whose gradient backward cannot do without, although it does not save them.
-        self._unsaved = [
-            n
-            for n in self.outputs
-            if f"Tensor d{n}" in self.backward and n not in self.backward_arguments
+        self._values = self.arguments + self.outputs
+        kinds = dict(
+            zip(self._values, _kinds(self.forward.split("->")[0]) + ["Tensor"] * len(self.outputs))
+        )
+        # What backward keeps of the forward's values, and where each of its arguments then comes from.
+        kept = [n for n in self.backward_arguments if n in kinds]
+        tensors = [n for n in kept if "Tensor" in kinds[n]]
+        others = [n for n in kept if n not in tensors]
+        self._saved, self._others = (
+            [self._values.index(n) for n in ns] for ns in (tensors, others)
+        )
+        self._plan = [
+            (0, tensors.index(n)) if n in tensors
+            else (1, others.index(n)) if n in others
+            else (2 if f"Tensor? {n}" in self.backward else 3, self.outputs.index(n[1:]))
+            for n in self.backward_arguments
+        ]  # fmt: skip
+        self._returned = [
+            self.gradients.index(d) if d in self.gradients else None
+            for d in ("d" + self.same_gradient.get(n, n) for n in self.arguments)
+        ]
+        self._again = [
+            self.backward_arguments.index(n) if n in self.backward_arguments else None
+            for n in self.arguments
         ]
         self._tensors = [
             i for i, kind in enumerate(_kinds(self.forward.split("->")[0])) if "Tensor" in kind
@@ -281,39 +300,35 @@ class Op:
 
     def _save(self, ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
-        known = dict(zip(self.arguments, inputs)) | dict(zip(self.outputs, _tuple(output)))
-        given = [known[name] is not None for name in self.arguments]
+        outputs = _tuple(output)
+        values: Sequence[Any] = (*inputs, *outputs)
         if self.save:
-            known = self.save(known)
-        wanted = {name: known[name] for name in self.backward_arguments if name in known}
-        ctx.tensors = [n for n, value in wanted.items() if isinstance(value, torch.Tensor)]
-        ctx.save_for_backward(*(wanted[n] for n in ctx.tensors))
-        ctx.others = {n: value for n, value in wanted.items() if n not in ctx.tensors}
-        ctx.given = given
-        ctx.unsaved = {n: (known[n].shape, known[n].dtype, known[n].device) for n in self._unsaved}
+            known = self.save(dict(zip(self._values, values)))
+            values = [known[n] for n in self._values]
+        ctx.save_for_backward(*[values[i] for i in self._saved])
+        ctx.others = [values[i] for i in self._others]
+        ctx.like = [(o.shape, o.dtype, o.device) for o in outputs]
         ctx.backend = keyword_only_inputs["backend"]
 
     def _autograd(self, ctx: Any, *grads: Any) -> Any:
-        known = dict(zip(ctx.tensors, ctx.saved_tensors)) | ctx.others
-        for name, grad in zip(self.outputs, grads):
-            if grad is None and name in ctx.unsaved:
-                shape, dtype, device = ctx.unsaved[name]
-                grad = torch.zeros(shape, dtype=dtype, device=device)
-            elif grad is None and f"Tensor d{name}" in self.backward:
-                grad = torch.zeros_like(known[name])
-            known["d" + name] = grad if grad is None else unit_stride(grad)
+        saved, args = ctx.saved_tensors, []
+        for source, i in self._plan:
+            if source < 2:
+                args.append(ctx.others[i] if source else saved[i])
+            elif grads[i] is not None:
+                args.append(unit_stride(grads[i]))
+            else:
+                shape, dtype, device = ctx.like[i]
+                args.append(None if source == 2 else torch.zeros(shape, dtype=dtype, device=device))
         eager = not torch.compiler.is_compiling() and _is_plain()
         run = self._backward if eager else self.op_backward
-        found = _tuple(run(*(known[n] for n in self.backward_arguments), backend=ctx.backend))
+        found = _tuple(run(*args, backend=ctx.backend))
         if torch.is_grad_enabled():  # create_graph=True
             once: Any = _Once.apply
-            found = once(self.name, len(found), *found, *(known[n] for n in ctx.tensors), *grads)
-        by_name = dict(zip(self.gradients, found))
+            found = once(self.name, len(found), *found, *saved, *grads)
+        needed = ctx.needs_input_grad[-len(self.arguments) :]
         return tuple(
-            by_name.get("d" + self.same_gradient.get(name, name)) if needed and given else None
-            for name, needed, given in zip(
-                self.arguments, ctx.needs_input_grad[-len(self.arguments) :], ctx.given
-            )
+            found[i] if want and i is not None else None for i, want in zip(self._returned, needed)
         )
 
     def call(self, *args: Any, backend: str = "") -> Any:
@@ -356,12 +371,15 @@ class Op:
         return tuple(outs)
 
     def _backward(self, *args: Any, backend: str = "") -> Any:
-        known = dict(zip(self.backward_arguments, args))
-        if self.recall:
-            known = self.recall(known)
-        chosen = self.choose([known.get(n) for n in self.arguments], backend)
+        known = self.recall(dict(zip(self.backward_arguments, args))) if self.recall else None
+        call = (
+            [known.get(n) for n in self.arguments]
+            if known
+            else [None if i is None else args[i] for i in self._again]
+        )
+        chosen = self.choose(call, backend)
         if not chosen.forward:
-            return self._reference_backward(known)
+            return self._reference_backward(known or dict(zip(self.backward_arguments, args)))
         outs = self.fake_backward(*args)
         scratch = chosen.workspace(*args) if chosen.workspace else ()
         _load(chosen.backward)(*outs, *scratch, *args)
@@ -526,7 +544,7 @@ def using(backend: str, op: str = "") -> Iterator[None]:
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on for their device; else as they are."""
-    if not isinstance(tensors[0], torch.Tensor):
+    if not torch._C._is_any_autocast_enabled() or not isinstance(tensors[0], torch.Tensor):
         return tensors
     kind = tensors[0].device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):

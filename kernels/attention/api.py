@@ -19,22 +19,21 @@ AXES = Axes("attention", q="B Hq Nq D", k="B Hk Nk D", v="B Hk Nk Dv")
 
 
 def _fake(q, k, v, mask, scale):
-    o = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
-    return o, q.new_empty(q.shape[0], q.shape[1], q.shape[2], dtype=F64 if q.dtype == F64 else F32)
+    B, Hq, Nq, _ = q.shape
+    o = q.new_empty(B, Hq, Nq, v.shape[3])
+    if q.dtype is F32:
+        return o, q.new_empty(B, Hq, Nq)
+    return o, q.new_empty(B, Hq, Nq, dtype=F64 if q.dtype is F64 else F32)
 
 
 def _fake_backward(do, dlse, q, k, v, o, lse, mask, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return q.new_empty(*q.shape), k.new_empty(*k.shape), v.new_empty(*v.shape)
 
 
 def _workspace(do, dlse, q, k, v, o, lse, mask, scale):
-    """delta_i = do_i . o_i, dq by tiles of queries, and whose turn it is to add to a tile."""
+    """For each head delta_i = do_i . o_i, dq by tiles of queries, and whose turn it is to add to a tile."""
     B, Hq, Nq, D = q.shape
-    return [
-        q.new_empty(B, Hq, Nq, dtype=F32),
-        q.new_empty(B, Hq, Nq + 64, D, dtype=F32),
-        q.new_empty(B, Hq, Nq // 8 + 1, dtype=torch.int32),
-    ]
+    return [lse.new_empty(B, Hq, ((Nq + 64) * D + Nq + Nq // 8 + 16) // 16 * 16)]
 
 
 def _make(case: Case, randn: Any) -> dict[str, Any]:
@@ -87,7 +86,7 @@ OP = Op(
     fake=_fake,
     fake_backward=_fake_backward,
     facts={
-        "device": "q.device.type",
+        "device": "'cpu' if q.is_cpu else q.device.type",
         "dtype": "q.dtype",
         "D": "q.shape[3]",
         "Dv": "v.shape[3]",

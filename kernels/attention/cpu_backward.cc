@@ -136,15 +136,20 @@ struct Backward {
   using Mul = typename MulOf<T>::type;
 
   View<T, 4> dq, dk, dv;
-  View<float, 3> delta;
-  View<float, 4> dq_tiles;
-  View<int32_t, 3> turns;
+  View<float, 3> work;
   View<const T, 4> q, k, v, dout;
   View<const float, 3> lse;
   const M& mask;
   Scale score;
   int64_t Hk, group, Nq, Nk, D, Dv, block, blocks, blocks_per_task, heads, heads_at_once;
   std::optional<View<const float, 3>> dlse;
+
+  // A head's part of the workspace: dQ by tiles, delta, and whose turn it is in each tile.
+  float* dq_tiles(int64_t b, int64_t h) const { return work.at(b, h); }
+  float* delta(int64_t b, int64_t h) const { return work.at(b, h) + (Nq + 64) * D; }
+  std::atomic_ref<int32_t> turn(int64_t b, int64_t h, int64_t t) const {
+    return std::atomic_ref<int32_t>(reinterpret_cast<int32_t*>(delta(b, h) + Nq)[t]);
+  }
 
   // The key blocks that a tile of queries sees: they add to its dQ in this order.
   Range blocks_of(int64_t i0, int64_t i1) const {
@@ -226,7 +231,7 @@ struct Backward {
       const double l = i0 + i < i1 ? lse(b, h, i0 + i) * 1.4426950408889634 : -kInf;
       x.lse[i] = l == -kInf ? kInf : static_cast<float>(l);
       x.lse_low[i] = l == -kInf ? 0.0f : static_cast<float>(l - x.lse[i]);
-      x.delta[i] = i0 + i < i1 ? delta(b, h, i0 + i) : 0.0f;
+      x.delta[i] = i0 + i < i1 ? delta(b, h)[i0 + i] : 0.0f;
       if (dlse && i0 + i < i1) x.delta[i] -= (*dlse)(b, h, i0 + i);
     }
   }
@@ -277,10 +282,10 @@ struct Backward {
 
     // dQ is a sum over key blocks, in their order whichever thread holds them: wait for the turn.  Tasks begin in
     // order (parallel_for), so the block waited for is always being worked on.
-    std::atomic_ref<int32_t> turn(turns(b, h, t));
+    const std::atomic_ref<int32_t> turn = this->turn(b, h, t);
     for (int spins = 0; turn.load(std::memory_order_acquire) != x.index - order.begin; ++spins)
       relax(spins);
-    float* const sum = dq_tiles.at(b, h) + i0 * D;
+    float* const sum = dq_tiles(b, h) + i0 * D;
     if (x.index == order.begin) std::fill_n(sum, up(i1 - i0, kTile) * D, 0.0f);
     const float* const ds = Mul::kPack == 1 ? tile.p : tile.db;
     for (const Run& run : runs)
@@ -330,16 +335,16 @@ struct Prepare {
   void operator()(int64_t task) {
     const int64_t b = task / tiles / Hq, h = task / tiles % Hq, t = task % tiles;
     const int64_t i0 = t * kTile, i1 = std::min(i0 + kTile, f.Nq);
-    f.turns(b, h, t) = 0;
+    f.turn(b, h, t).store(0, std::memory_order_relaxed);
     for (int64_t i = i0; i < i1; ++i)
-      f.delta(b, h, i) = dot(f.dout.at(b, h, i), o.at(b, h, i), f.Dv);
+      f.delta(b, h)[i] = dot(f.dout.at(b, h, i), o.at(b, h, i), f.Dv);
     if (!f.blocks_of(i0, i1).empty()) return;
     for (int64_t i = i0; i < i1; ++i) std::memset(f.dq.at(b, h, i), 0, f.D * sizeof(T));
   }
 };
 
 struct BackwardOf {
-  Tensor dq, dk, dv, delta, dq_tiles, turns, dout;
+  Tensor dq, dk, dv, work, dout;
   std::optional<Tensor> dlse;
   Tensor q, k, v, o, lse;
   float scale;
@@ -355,9 +360,7 @@ struct BackwardOf {
     Backward<T, M> f{View<T, 4>(dq),
                      View<T, 4>(dk),
                      View<T, 4>(dv),
-                     View<float, 3>(delta),
-                     View<float, 4>(dq_tiles),
-                     View<int32_t, 3>(turns),
+                     View<float, 3>(work),
                      View<const T, 4>(q),
                      View<const T, 4>(k),
                      View<const T, 4>(v),
@@ -386,11 +389,10 @@ struct BackwardOf {
 
 }  // namespace
 
-void attention_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor dq_tiles, Tensor turns,
-                   Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor o,
-                   Tensor lse, Ints mask, double scale) {
-  const BackwardOf run{dq,   dk, dv, delta, dq_tiles, turns, dout,
-                       dlse, q,  k,  v,     o,        lse,   static_cast<float>(scale)};
+void attention_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor work, Tensor dout,
+                   std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,
+                   Ints mask, double scale) {
+  const BackwardOf run{dq, dk, dv, work, dout, dlse, q, k, v, o, lse, static_cast<float>(scale)};
   std::visit(WithMask<BackwardOf>{run, q.dtype}, make_mask(mask, q.shape[2], k.shape[2]));
 }
 

@@ -8,9 +8,9 @@ namespace fastattn {
 FASTATTN_DECLARE(attention_fwd, Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v, Ints mask,
                  double scale);
 
-// dlse may be absent.  Workspaces: delta f32 [B,Hq,Nq], dq_tiles f32 [B,Hq,Nq + 64,D], turns i32 [B,Hq,Nq / 8 + 1]
-FASTATTN_DECLARE(attention_bwd, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor dq_tiles,
-                 Tensor turns, Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k,
-                 Tensor v, Tensor o, Tensor lse, Ints mask, double scale);
+// dlse may be absent.  work f32 [B,Hq,(Nq + 64) D + Nq + Nq / 8 + 1 up to a multiple of 16] is room for dq and delta.
+FASTATTN_DECLARE(attention_bwd, Tensor dq, Tensor dk, Tensor dv, Tensor work, Tensor dout,
+                 std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,
+                 Ints mask, double scale);
 
 }  // namespace fastattn
