@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastattn.checks import DTYPES, number, shown
+from fastattn.checks import DTYPES, number, shown, unit_stride
 from fastattn.kernels.norm import reference as formula
 from fastattn.kernels.norm.reference import KINDS
 from fastattn.op import PROCESS, Case, Cost, Op, autocast, cpu, reference, takes, triton
@@ -22,26 +22,27 @@ def _wide(x):
 
 
 def _fake(x, residual, bias, weight, beta, eps, kind):
-    summed = x.new_empty(x.shape if residual is not None or bias is not None else (0,))
-    return (
-        x.new_empty(x.shape),
-        summed,
-        x.new_empty(x.shape[0], dtype=_wide(x)),
-        x.new_empty(x.shape[0], dtype=_wide(x)),
-    )
+    rows, D = x.shape
+    is_sum = residual is not None or bias is not None
+    y, s = x.new_empty(rows, D), x.new_empty(rows, D) if is_sum else x.new_empty(0)
+    if x.dtype is F32:
+        return y, s, x.new_empty(rows), x.new_empty(rows)
+    wide = _wide(x)
+    return y, s, x.new_empty(rows, dtype=wide), x.new_empty(rows, dtype=wide)
 
 
 def _fake_backward(dy, ds, s, bias, weight, beta, mean, rstd, eps, kind):
     def like(parameter):
-        return s.new_empty(0 if parameter is None else s.shape[1], dtype=_wide(s))
+        return mean.new_empty(0 if parameter is None else D)
 
-    return s.new_empty(s.shape), like(bias), like(weight), like(beta)
+    rows, D = s.shape
+    return s.new_empty(rows, D), like(bias), like(weight), like(beta)
 
 
 def _workspace(dy, ds, s, bias, weight, beta, mean, rstd, eps, kind):
     """Sums over each block of rows of dx, dy * xhat and dy, for dbias, dweight and dbeta."""
     blocks = -(-s.shape[0] // ROWS_PER_BLOCK)
-    return [s.new_empty(blocks, 3, s.shape[1], dtype=_wide(s))]
+    return [mean.new_empty(blocks, 3, s.shape[1])]
 
 
 def _recall(known):
@@ -166,24 +167,32 @@ def add_norm(
     """
     x, residual = autocast(x, residual)
     _check(x, residual, {"bias": bias, "weight": weight, "beta": beta}, kind, eps)
-    shape, D = x.shape, x.shape[-1]
-    wide = _wide(x)
-    flat = (t if t is None else _rows(t, D) for t in (x, residual))
-    wides = (t if t is None else t.to(wide).contiguous() for t in (bias, weight, beta))
     y, s, _, _ = OP.call(
-        *flat, *wides, float(eps), KINDS.index(kind), backend=backend or PROCESS.backend("add_norm")
+        _rows(x),
+        None if residual is None else _rows(residual),
+        None if bias is None else _vector(bias, x),
+        None if weight is None else _vector(weight, x),
+        None if beta is None else _vector(beta, x),
+        float(eps),
+        KINDS.index(kind),
+        backend=backend or PROCESS.backend("add_norm"),
     )
-    y = y.view(shape)
-    if not return_sum:
-        return y
-    return y, s.view(shape) if s.numel() == y.numel() and (
-        residual is not None or bias is not None
-    ) else x
+    if residual is None and bias is None:
+        s = x
+    if x.dim() != 2:
+        y, s = y.view(x.shape), s.view(x.shape) if s is not x else x
+    return (y, s) if return_sum else y
 
 
-def _rows(t: torch.Tensor, D: int) -> torch.Tensor:
-    t = t.reshape(-1, D) if D else t.reshape(t.shape[:-1].numel(), 0)
-    return t if t.stride(-1) == 1 or D <= 1 else t.contiguous()
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    if t.dim() != 2:
+        t = t.reshape(t.shape[:-1].numel(), t.shape[-1])
+    return unit_stride(t)
+
+
+def _vector(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    wide = _wide(x)
+    return unit_stride(t if t.dtype is wide else t.to(wide))
 
 
 def _check(x: Any, residual: Any, parameters: dict[str, Any], kind: Any, eps: Any) -> None:

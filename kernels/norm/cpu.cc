@@ -10,7 +10,7 @@
 //          | | | | |                           sum at any number of threads.
 //        dbias dweight dbeta [D]
 //
-// Lanes run along D. A row is read from memory once, so memory is the limit: one sum in flight is enough.
+// Lanes run along D, four vectors at a time: as many sums in flight, because a sum is a chain of additions.
 // Assumes a dense last axis; else refused.
 #define FASTATTN_CPU_FILE "kernels/norm/cpu.cc"
 #include "kernels/norm/op.h"
@@ -27,26 +27,50 @@ using Maybe = std::optional<Tensor>;
 enum Kind { kLayer, kRms, kCrms };
 constexpr int64_t kElementsPerTask = 32768;  // below it a second thread costs more than it brings
 
-// Vectors of a row, of which n lanes remain: the others read as zero and are not written.
-template <class T>
+// A vector of a row: whole, or the n lanes that remain of it, where the others read as zero and are not written.
+template <bool Whole, class T>
 FASTATTN_INLINE vf get(const T* p, int64_t n) {
-  return n >= W ? load(p) : load(p, n);
+  return Whole ? load(p) : load(p, n);
 }
-template <class T>
+template <bool Whole, class T>
 FASTATTN_INLINE void put(T* p, vf v, int64_t n) {
-  n >= W ? store(p, v) : store(p, v, n);
+  Whole ? store(p, v) : store(p, v, n);
 }
+
 // A sum along a row, in two levels, so that its error grows with the length of a part and not of the row.
 struct Sum {
-  static constexpr int64_t kPart = 16 * W;  // elements
-  vf total = {}, part = {};
-  FASTATTN_INLINE void begin(int64_t d) {
-    if (d % kPart == 0) total += part, part = vf{};
+  static constexpr int64_t kPart = 64 * W;  // elements
+  vf total = {}, chain[4] = {};
+  FASTATTN_INLINE void part() {
+    total += (chain[0] + chain[1]) + (chain[2] + chain[3]);
+#pragma GCC unroll 4
+    for (vf& c : chain) c = vf{};
   }
-  FASTATTN_INLINE void add(vf v) { part += v; }
-  FASTATTN_INLINE float value() const { return sum(total + part); }
+  template <int u>
+  FASTATTN_INLINE void add(vf v) {
+    chain[u] += v;
+  }
+  FASTATTN_INLINE float value() {
+    part();
+    return sum(total);
+  }
 };
 
+// f.at<u, whole>(d, n) for every vector of a row, u = 0..3 in turn.
+template <class F>
+FASTATTN_INLINE void walk(F& f, int64_t D) {
+  int64_t d = 0;
+  for (; d + 4 * W <= D; d += 4 * W) {
+    if (d % Sum::kPart == 0) f.part();
+    f.template at<0, true>(d, W);
+    f.template at<1, true>(d + W, W);
+    f.template at<2, true>(d + 2 * W, W);
+    f.template at<3, true>(d + 3 * W, W);
+  }
+  f.part();
+  for (; d + W <= D; d += W) f.template at<0, true>(d, W);
+  if (d < D) f.template at<1, false>(d, D - d);
+}
 // ---- Forward ---------------------------------------------------------------------------------------
 
 template <class T>
@@ -66,51 +90,74 @@ struct Forward {
   }
 
   void normalise(int64_t i, float* h) const {
-    // Add, round, keep.
-    Sum total, squares;
-    for (int64_t d = 0; d < D; d += W) {
-      const int64_t n = D - d;
-      total.begin(d), squares.begin(d);
-      vf v = get(x[i] + d, n);
-      if (bias) v += get(bias + d, n);
-      if (residual.base) v += get(residual[i] + d, n);
-      if (s.base) {
-        put(s[i] + d, v, n);
-        v = get(s[i] + d, n);
-      }
-      store(h + d, v);
-      total.add(v), squares.add(v * v);
-    }
+    Gather gather{*this, i, h};
+    walk(gather, D);
 
-    // Statistics. The variance is summed about the mean: as a difference of two sums it would cancel.
+    // Statistics.  The variance is summed about the mean: as a difference of two sums it would cancel.
     float centre = 0, power;
     if (kind == kLayer) {
-      centre = total.value() / D;
-      store(h + D, splat(centre));  // what lies past the row adds nothing
-      Sum deviations;
-      for (int64_t d = 0; d < D; d += W) {
-        deviations.begin(d);
-        const vf v = load(h + d) - centre;
-        deviations.add(v * v);
-      }
-      power = deviations.value() / D;
+      centre = gather.total.value() / D;
+      Deviate deviate{h, centre};
+      walk(deviate, D);
+      power = deviate.squares.value() / D;
     } else if (kind == kRms) {
-      power = squares.value() / D;
+      power = gather.squares.value() / D;
     } else {
-      power = (squares.value() + total.value() * total.value()) / (D + 1);
+      const float total = gather.total.value();
+      power = (gather.squares.value() + total * total) / (D + 1);
     }
     const float scale = 1 / std::sqrt(power + eps);
     mean[i] = centre, rstd[i] = scale;
 
-    // Normalise.
-    for (int64_t d = 0; d < D; d += W) {
-      const int64_t n = D - d;
-      vf v = (load(h + d) - centre) * scale;
-      if (weight) v *= get(weight + d, n);
-      if (beta) v += get(beta + d, n);
-      put(y[i] + d, v, n);
-    }
+    Normalise write{*this, i, h, centre, scale};
+    walk(write, D);
   }
+
+  struct Gather {     // add, round, keep
+    const Forward f;  // a copy: what is stored cannot change it
+    int64_t i;
+    float* h;
+    Sum total = {}, squares = {};
+    FASTATTN_INLINE void part() { total.part(), squares.part(); }
+    template <int u, bool Whole>
+    FASTATTN_INLINE void at(int64_t d, int64_t n) {
+      vf v = get<Whole>(f.x[i] + d, n);
+      if (f.bias) v += get<Whole>(f.bias + d, n);
+      if (f.residual.base) v += get<Whole>(f.residual[i] + d, n);
+      if (f.s.base) {
+        put<Whole>(f.s[i] + d, v, n);
+        if (!std::is_same_v<T, float>) v = get<Whole>(f.s[i] + d, n);
+      }
+      store(h + d, v);
+      total.template add<u>(v), squares.template add<u>(v * v);
+    }
+  };
+  struct Deviate {
+    const float* h;
+    float centre;
+    Sum squares = {};
+    FASTATTN_INLINE void part() { squares.part(); }
+    template <int u, bool Whole>
+    FASTATTN_INLINE void at(int64_t d, int64_t n) {
+      vf v = load(h + d) - centre;
+      if (!Whole) v = select(iota() < static_cast<int>(n), v, vf{});
+      squares.template add<u>(v * v);
+    }
+  };
+  struct Normalise {
+    const Forward f;  // a copy: what is stored cannot change it
+    int64_t i;
+    const float* h;
+    float centre, scale;
+    FASTATTN_INLINE void part() {}
+    template <int u, bool Whole>
+    FASTATTN_INLINE void at(int64_t d, int64_t n) {
+      vf v = (load(h + d) - centre) * scale;
+      if (f.weight) v *= get<Whole>(f.weight + d, n);
+      if (f.beta) v += get<Whole>(f.beta + d, n);
+      put<Whole>(f.y[i] + d, v, n);
+    }
+  };
 };
 
 // ---- Backward --------------------------------------------------------------------------------------
@@ -140,31 +187,54 @@ struct Backward {
   }
 
   void differentiate(int64_t i, float* dbias_sum, float* dweight_sum, float* dbeta_sum) const {
-    // The two or three sums of the row, and its part of the parameters' gradients.
-    Sum g_total, gx_total, x_total;
-    for (int64_t d = 0; d < D; d += W) {
-      const int64_t n = D - d;
-      g_total.begin(d), gx_total.begin(d), x_total.begin(d);
-      const vf dy_v = get(dy[i] + d, n), xhat = (get(s[i] + d, n) - mean[i]) * rstd[i];
-      if (dweight) put(dweight_sum + d, get(dweight_sum + d, n) + dy_v * xhat, n);
-      if (dbeta) put(dbeta_sum + d, get(dbeta_sum + d, n) + dy_v, n);
-      const vf g = weight ? dy_v * get(weight + d, n) : dy_v;
-      g_total.add(g), gx_total.add(g * xhat), x_total.add(xhat);
-    }
-    const float a = kind == kLayer ? g_total.value() / D : 0;
-    const float x0 = kind == kCrms ? x_total.value() : 0;
-    const float c = gx_total.value() / (kind == kCrms ? D + 1 : D);
-
-    for (int64_t d = 0; d < D; d += W) {
-      const int64_t n = D - d;
-      const vf dy_v = get(dy[i] + d, n), xhat = (get(s[i] + d, n) - mean[i]) * rstd[i];
-      const vf g = weight ? dy_v * get(weight + d, n) : dy_v;
-      vf v = (g - a) * rstd[i] - (xhat + x0) * (c * rstd[i]);
-      if (ds.base) v += get(ds[i] + d, n);
-      put(dx[i] + d, v, n);
-      if (dbias) put(dbias_sum + d, get(dbias_sum + d, n) + v, n);
-    }
+    Sums sums{*this, i, dweight_sum, dbeta_sum};
+    walk(sums, D);
+    const float a = kind == kLayer ? sums.g.value() / D : 0;
+    const float x0 = kind == kCrms ? sums.x.value() : 0;
+    const float c = sums.gx.value() / (kind == kCrms ? D + 1 : D);
+    Write write{*this, i, dbias_sum, a, x0, c * rstd[i]};
+    walk(write, D);
   }
+
+  template <bool Whole>
+  FASTATTN_INLINE static void accumulate(float* sum, vf v, int64_t n) {
+    put<Whole>(sum, get<Whole>(sum, n) + v, n);
+  }
+
+  struct Sums {  // the row's two or three sums, and its part of the parameters' gradients
+    const Backward f;
+    int64_t i;
+    float *dweight_sum, *dbeta_sum;
+    Sum g = {}, gx = {}, x = {};
+    FASTATTN_INLINE void part() { g.part(), gx.part(), x.part(); }
+    template <int u, bool Whole>
+    FASTATTN_INLINE void at(int64_t d, int64_t n) {
+      const vf dy_v = get<Whole>(f.dy[i] + d, n);
+      vf xhat = (get<Whole>(f.s[i] + d, n) - f.mean[i]) * f.rstd[i];
+      if (!Whole) xhat = select(iota() < static_cast<int>(n), xhat, vf{});
+      if (f.dweight) accumulate<Whole>(dweight_sum + d, dy_v * xhat, n);
+      if (f.dbeta) accumulate<Whole>(dbeta_sum + d, dy_v, n);
+      const vf v = f.weight ? dy_v * get<Whole>(f.weight + d, n) : dy_v;
+      g.template add<u>(v), gx.template add<u>(v * xhat), x.template add<u>(xhat);
+    }
+  };
+  struct Write {
+    const Backward f;
+    int64_t i;
+    float* dbias_sum;
+    float a, x0, c;
+    FASTATTN_INLINE void part() {}
+    template <int u, bool Whole>
+    FASTATTN_INLINE void at(int64_t d, int64_t n) {
+      const vf dy_v = get<Whole>(f.dy[i] + d, n),
+               xhat = (get<Whole>(f.s[i] + d, n) - f.mean[i]) * f.rstd[i];
+      const vf v = f.weight ? dy_v * get<Whole>(f.weight + d, n) : dy_v;
+      vf dx_v = (v - a) * f.rstd[i] - (xhat + x0) * c;
+      if (f.ds.base) dx_v += get<Whole>(f.ds[i] + d, n);
+      put<Whole>(f.dx[i] + d, dx_v, n);
+      if (f.dbias) accumulate<Whole>(dbias_sum + d, dx_v, n);
+    }
+  };
 };
 
 // The sums over blocks, in order, for kColumns columns a task.
@@ -181,9 +251,11 @@ struct SumBlocks {
       for (int64_t d = task * kColumns; d < end; d += W) {
         vf total = {};
         for (int64_t block = 0; block < blocks; ++block) {
-          total += get(partial + (block * 3 + which) * D + d, end - d);
+          const float* const from = partial + (block * 3 + which) * D + d;
+          total += end - d >= W ? load(from) : load(from, end - d);
         }
-        put(gradients[which] + d, total, end - d);
+        float* const to = gradients[which] + d;
+        end - d >= W ? store(to, total) : store(to, total, end - d);
       }
     }
   }
