@@ -42,8 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "contract: for backends with kernels; each must have executed some here"
     )
     config.addinivalue_line("markers", "formula: for the reference alone")
-    # Infinities are legal input; numpy, on which the interpreter runs kernels, remarks on them.
-    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    # Infinities are legal input; numpy, on which the interpreter runs kernels, remarks on them, and on Triton 3.6.
+    for kind in ("RuntimeWarning", "DeprecationWarning"):
+        config.addinivalue_line("filterwarnings", f"ignore::{kind}:triton.runtime.interpreter")
     config.stash[TALLY] = Tally()
     for option, known in (
         ("--op", set(OPS)),

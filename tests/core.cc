@@ -109,6 +109,13 @@ struct Throws {
   }
 };
 
+struct Waits {  // for the task before, which fails
+  void operator()(int64_t i) const {
+    if (i == 0) throw std::invalid_argument("zero");
+    for (int spins = 0;; ++spins) cpu::relax(spins);
+  }
+};
+
 void loops_run_each_task_once_and_pass_on_what_it_throws() {
   Claims claims;
   cpu::parallel_for(1000, claims);
@@ -119,6 +126,9 @@ void loops_run_each_task_once_and_pass_on_what_it_throws() {
          "an exception crosses the parallel region");
   expect(refusal([&] { cpu::parallel_for(4, throws); }).empty(),
          "the loop works after an exception");
+  Waits waits;
+  expect(refusal([&] { cpu::parallel_for(8, waits); }) == "zero",
+         "whoever waits for a task that failed stops");
 }
 
 void scratch_is_aligned_and_poisoned() {

@@ -62,7 +62,10 @@ MAY_INCLUDE = (
         ),
     ),
     (r"kernels/(?P<op>\w+)/op\.h", (STANDARD, r'"csrc/core/.*"')),
-    (r"kernels/(?P<op>\w+)/cpu\.cc", (STANDARD, r'"kernels/{op}/op\.h"', r'"csrc/(core|cpu)/.*"')),
+    (
+        r"kernels/(?P<op>\w+)/cpu(_\w+)?\.(cc|h)",
+        (STANDARD, r'"kernels/{op}/(op|cpu)\.h"', r'"csrc/(core|cpu)/.*"'),
+    ),
     (
         r"kernels/(?P<op>\w+)/cuda\w*\.cu",
         (STANDARD, r'"kernels/{op}/op\.h"', r'"csrc/(core|cuda)/.*"'),

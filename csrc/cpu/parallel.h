@@ -36,6 +36,10 @@ inline int num_threads() {  // what torch.set_num_threads says, when torch was i
   return 1;
 }
 
+// Whether the loop that this thread works in has failed in another thread.
+inline thread_local const std::atomic<bool>* loop_failed = nullptr;
+struct Stopped {};
+
 // f(i) for every i in [0, n), by whichever thread is free: i is begun only after every smaller one was.
 // The first exception stops the loop and is thrown again here.
 template <class F>
@@ -45,24 +49,31 @@ void parallel_for(int64_t n, F& f) {
     return;
   }
   std::atomic<int64_t> next{0};
-  std::atomic_flag failed;
+  std::atomic<bool> failed{false};
   std::exception_ptr error;
 #pragma omp parallel num_threads(n < num_threads() ? static_cast<int>(n) : num_threads())
-  try {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
-  } catch (...) {
-    if (!failed.test_and_set()) error = std::current_exception();
-    next = n;
+  {
+    loop_failed = &failed;
+    try {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+      next = n;
+    }
+    loop_failed = nullptr;
   }
   if (error) std::rethrow_exception(error);
 }
 
-// What a thread does while it waits for another that is at work: a pause, and now and then its time slice.
+// What a thread does while it waits for another that is at work: a pause, and now and then its time slice.  What it
+// waits for will not come from a loop that has failed.
 inline void relax(int spins) {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
-  if (spins % 1024 == 1023) std::this_thread::yield();
+  if (spins % 1024 != 1023) return;
+  if (loop_failed && *loop_failed) throw Stopped{};
+  std::this_thread::yield();
 }
 
 // Tests fill scratch memory with NaN, so that a read of what was never written shows.
