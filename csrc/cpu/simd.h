@@ -37,6 +37,8 @@ FASTATTN_INLINE vf max(vf a, vf b) {  // b where either is NaN
 #endif
 }
 
+FASTATTN_INLINE vf min(vf a, vf b) { return b < a ? b : a; }  // a where either is NaN
+
 // x as it is in a register, not folded into the instruction that uses it.
 FASTATTN_INLINE vf settled(vf x) {
 #if FASTATTN_SIMD_WIDTH == 64
@@ -178,7 +180,8 @@ FASTATTN_INLINE vf pairs(const bf16* lo, const bf16* hi) {
 inline constexpr float kShift =
     12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low bits
 
-// 2^x for x <= 0 (and a little above), 0 below 2^-127, NaN for NaN.  Coefficients: minimax of the relative error of
+// 2^x for x <= 0 (and a little above), 0 below 2^-127, NaN for NaN (but for
+// one whose lowest nine bits are set, which no arithmetic makes).  Coefficients: minimax of the relative error of
 // 2^r on [-1/2, 1/2] with 2^0 = 1; degree 3 errs 1.0e-4 (bf16 rounds at 2e-3), 6 below one float32 ulp.
 template <int Degree>
 FASTATTN_INLINE vf exp2(vf x) {

@@ -38,7 +38,8 @@ namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
 // What a tile of queries keeps while the keys go by.  A weight is 2^(s - m): m is a logit among the first, renewed where
-// one exceeds it by more than 8 (`limit`), which is rare: weights of at most 2^8 cost no precision.
+// one exceeds it by more than kRise (`limit`), which is rare: weights of at most e^8 cost no precision.
+constexpr float kRise = 8;
 struct Tile {
   float *qt, *ot, *p, *x;  // Q^T, O^T, a block's P^T, and some of its logits
   float *m, *limit;        // of each lane, 0 and -inf before its first key
@@ -66,9 +67,9 @@ template <class Mul>
     const vi rises = top > limit, shrinks = rises & (limit != -kInf);
     const vf now = select(rises, top, m);
     store(t.m + lane + v, now);
-    store(t.limit + lane + v, select(rises, now + 8.0f, limit));
+    store(t.limit + lane + v, select(rises, now + kRise, limit));
     if (!any(shrinks)) continue;
-    const vf by = select(shrinks, exp2<6>(m - now), splat(1.0f));
+    const vf by = select(shrinks, power<Mul, 6>(m - now), splat(1.0f));
     for (float* sum : {t.l, t.block_sum}) store(sum + lane + v, load(sum + lane + v) * by);
     for (int64_t d = 0; d < t.Dv; ++d) {
       float* const o = t.ot + d * kTile + lane + v;
@@ -105,8 +106,8 @@ struct Weights {
     float* p = w.t.p + w.waiting / Mul::kPack * kTile + w.lane;
     FASTATTN_INLINE void operator()(int i) const {
       const int v = i % NV * W, r = i / NV * 2;
-      const vf lo = exp2<Mul::kExpDegree>(load(w.x + r * NV * W + v)),
-               hi = exp2<Mul::kExpDegree>(load(w.x + (r + 1) * NV * W + v));
+      const vf lo = power<Mul>(load(w.x + r * NV * W + v)),
+               hi = power<Mul>(load(w.x + (r + 1) * NV * W + v));
       float* const sum = w.t.block_sum + w.lane + v;
       store(sum, (load(sum) + lo) + hi);
       if constexpr (Mul::kPack == 1) {
@@ -143,7 +144,7 @@ struct Weights {
       vf top = limit;
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        acc[r][v] = score.logit(acc[r][v]);
+        acc[r][v] = logit(score, acc[r][v]);
         if (partial)
           acc[r][v] = select(
               visible(mask, static_cast<int>(t.i0) + lane + v * W, static_cast<int>(j0 + r0 + r)),
@@ -250,7 +251,9 @@ struct Forward {
     for (int64_t v = 0; tile.i0 + v * W < tile.i1; ++v) {
       const vf l = load(tile.l + v * W), m = load(tile.m + v * W);
       store(s + v * W, select(l == 0.0f, vf{}, 1.0f / l));
-      const vf log = m * 0.693359375f + (m * -2.12194440e-4f + ln(l));  // ln 2 in two parts
+      const vf log = Mul::kUnit == 1
+                         ? m + ln(l)
+                         : m * 0.693359375f + (m * -2.12194440e-4f + ln(l));  // ln 2 in two parts
       float* const to = &lse(b, h, tile.i0 + v * W);
       const vf result = select(l == 0.0f, splat(-kInf), log);
       tile.i1 - tile.i0 - v* W >= W ? store(to, result)
@@ -276,7 +279,7 @@ struct ForwardOf {
                            View<const T, 4>(k),
                            View<const T, 4>(v),
                            mask,
-                           Scale{scale},
+                           Scale{scale * MulOf<T>::type::kUnit},
                            q.shape[0],
                            Hq,
                            Hq / std::max<int64_t>(k.shape[1], 1),

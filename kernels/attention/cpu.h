@@ -22,6 +22,18 @@ Strided<T> head(const View<T, 4>& t, int64_t b, int64_t h) {
   return {t.at(b, h), t.stride[2]};
 }
 
+// exp of a difference of logits in Mul's unit.
+template <class Mul, int Degree = Mul::kExpDegree>
+FASTATTN_INLINE vf power(vf x) {
+  return exp2<Degree>(x * (1.4426950408889634f / Mul::kUnit));
+}
+
+// The logit as forward and backward both have it: rounded, not fused into what follows.
+template <class Score>
+FASTATTN_INLINE vf logit(const Score& score, vf dot) {
+  return settled(score.logit(dot));
+}
+
 struct Carver {  // hands out consecutive parts of this thread's scratch memory
   float* next;
   float* take(int64_t floats) { return std::exchange(next, next + up(floats, 16)); }

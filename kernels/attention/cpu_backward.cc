@@ -41,7 +41,7 @@ struct Probabilities {
   float* p;
   T* pa;  // bf16 [J x T] where pairs are multiplied, else unused: p itself serves
   const float *lse,
-      *lse_low;  // log2(e) lse in two parts: rounding it to one would be most of P's error
+      *lse_low;  // in Mul's unit; in base 2 its rounding is the second part
   Words k;
   const float* q;
   int64_t words;
@@ -60,8 +60,8 @@ struct Probabilities {
     int first = 0, last = w.last;
     FASTATTN_INLINE void operator()(int i) const {
       const int v = i % NV * W, r = i / NV * 2;
-      const vf lo = exp2<Mul::kExpDegree>(load(w.x + r * NV * W + v)),
-               hi = exp2<Mul::kExpDegree>(load(w.x + (r + 1) * NV * W + v));
+      const vf lo = power<Mul>(load(w.x + r * NV * W + v)),
+               hi = power<Mul>(load(w.x + (r + 1) * NV * W + v));
       const int64_t at = (w.waiting + r) * kQueries + v;
       store(w.p + at, lo);
       store(w.p + at + kQueries, hi);
@@ -84,7 +84,9 @@ struct Probabilities {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
-        vf y = (score.logit(acc[r][v]) - load(lse + v * W)) - load(lse_low + v * W);
+        vf y = logit(score, acc[r][v]) - load(lse + v * W);
+        if (Mul::kUnit != 1) y -= load(lse_low + v * W);
+        y = min(y, vf{});  // p is at most 1, whatever lse was rounded to
         if (partial)
           y = select(visible(mask, i0 + v * W, static_cast<int>(j0 + r0 + r)), y, splat(-kInf));
         store(x + (r * NV + v) * W, y);
@@ -141,6 +143,7 @@ struct Backward {
   View<const float, 3> lse;
   const M& mask;
   Scale score;
+  float scale;
   int64_t Hk, group, Nq, Nk, D, Dv, block, blocks, blocks_per_task, heads, heads_at_once;
   std::optional<View<const float, 3>> dlse;
 
@@ -212,7 +215,7 @@ struct Backward {
       }
 
     for (int64_t i = 0; i < count; ++i) {
-      store_rows(head(dk, b, hk), held[i].j0, held[i].j1, held[i].dk, D, score.scale);
+      store_rows(head(dk, b, hk), held[i].j0, held[i].j1, held[i].dk, D, scale);
       store_rows(head(dv, b, hk), held[i].j0, held[i].j1, held[i].dv, Dv, 1);
     }
   }
@@ -228,7 +231,7 @@ struct Backward {
     pack_rows<Mul>(x.dor, dos, i0, i1, up(i1 - i0, W), Dv);
     for (int i = 0; i < kQueries;
          ++i) {  // lanes past the end, and rows that see nothing, have P = 0
-      const double l = i0 + i < i1 ? lse(b, h, i0 + i) * 1.4426950408889634 : -kInf;
+      const double l = i0 + i < i1 ? lse(b, h, i0 + i) * static_cast<double>(Mul::kUnit) : -kInf;
       x.lse[i] = l == -kInf ? kInf : static_cast<float>(l);
       x.lse_low[i] = l == -kInf ? 0.0f : static_cast<float>(l - x.lse[i]);
       x.delta[i] = i0 + i < i1 ? delta(b, h)[i0 + i] : 0.0f;
@@ -294,10 +297,10 @@ struct Backward {
                         ds + run.j0 / Mul::kPack * kQueries + v * W, kQueries,
                         up(run.keys(), Mul::kPack) / Mul::kPack, D, next(run, v) - v);
     if (x.index == order.end - 1) {
-      alignas(64) float scale[kTile];
-      std::fill_n(scale, kTile, score.scale);
+      alignas(64) float factor[kTile];
+      std::fill_n(factor, kTile, scale);
       for (int64_t i = 0; i0 + i < i1; i += kTile)
-        unpack_lanes(head(dq, b, h), i0 + i, std::min(i0 + i + kTile, i1), sum + i * D, D, scale);
+        unpack_lanes(head(dq, b, h), i0 + i, std::min(i0 + i + kTile, i1), sum + i * D, D, factor);
     }
     turn.store(static_cast<int32_t>(x.index - order.begin + 1), std::memory_order_release);
   }
@@ -367,7 +370,8 @@ struct BackwardOf {
                      View<const T, 4>(dout),
                      View<const float, 3>(lse),
                      mask,
-                     Scale{scale},
+                     Scale{scale * MulOf<T>::type::kUnit},
+                     scale,
                      Hk,
                      Hq / std::max<int64_t>(Hk, 1),
                      Nq,
