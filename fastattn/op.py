@@ -22,6 +22,7 @@ import functools
 import importlib
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -320,7 +321,12 @@ class Op:
             else:
                 shape, dtype, device = ctx.like[i]
                 args.append(None if source == 2 else torch.zeros(shape, dtype=dtype, device=device))
-        eager = not torch.compiler.is_compiling() and _is_plain()
+        # torch.ops resolves lazy negation, which kernels cannot see.
+        eager = (
+            not torch.compiler.is_compiling()
+            and _is_plain()
+            and not any(isinstance(a, torch.Tensor) and a.is_neg() for a in args)
+        )
         run = self._backward if eager else self.op_backward
         found = _tuple(run(*args, backend=ctx.backend))
         if torch.is_grad_enabled():  # create_graph=True
@@ -455,7 +461,9 @@ class Op:
             )
         return rows
 
-    def render(self, args: Sequence[Any], indent: int = 2) -> str:
+    def render(
+        self, args: Sequence[Any], indent: int = 2, only: Sequence[str] | None = None
+    ) -> str:
         facts = dict(zip(self.facts, self._facts(*args)))
         shown = ", ".join(
             f"{n}: {_show(a.dtype)}{list(a.shape)}"
@@ -466,6 +474,8 @@ class Op:
         lines = [f"{self.name}({shown})"]
         for row in self.backends:
             why = row.why_not(facts)
+            if only is not None and row.name not in only:
+                why = ["another backend was asked for", *why]
             lines.append(
                 f"{' ' * indent}{row.name:<{width}}{'no: ' + '; '.join(why) if why else 'ok'}"
             )
@@ -490,15 +500,16 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     if not isinstance(op, Op):
         known = ", ".join(f"fastattn.{name}" for name in sorted(OPS))
         raise ValueError(f"explain: fn is {_show(function)}; it takes one of {known}")
-    seen: list[Sequence[Any]] = []
+    seen: list[tuple[Sequence[Any], str]] = []
 
     def record(*call: Any, backend: str = "") -> Any:
-        seen.append(call)
+        seen.append((call, backend))
         return op.fake(*call)
 
     with torch.no_grad(), _replaced(op, record):
         function(*args, **kwargs)
-    return op.render(seen[0])
+    call, backend = seen[0]
+    return op.render(call, only=[row.name for row in op.named(backend)] if backend else None)
 
 
 class _Process:
@@ -663,13 +674,23 @@ def _shares(t: torch.Tensor, args: Sequence[Any]) -> bool:
     return any(t is a for a in args)
 
 
+_REPLACING = threading.RLock()
+
+
 @contextlib.contextmanager
 def _replaced(op: Op, call: Callable[..., Any]) -> Iterator[None]:
-    before, op.call = op.call, call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        op.call = before  # type: ignore[method-assign]
+    thread = threading.get_ident()
+
+    def here(*args: Any, backend: str = "") -> Any:  # other threads go on computing
+        run = call if threading.get_ident() == thread else before
+        return run(*args, backend=backend)
+
+    with _REPLACING:
+        before, op.call = op.call, here  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            op.call = before  # type: ignore[method-assign]
 
 
 def _show(value: Any) -> str:

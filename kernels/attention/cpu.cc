@@ -273,11 +273,12 @@ struct ForwardOf {
     const int64_t share =
         heads * tiles / (4 * num_threads());  // several tiles share the copies of a key block
     const int64_t per_task = std::is_same_v<T, float> ? 1 : std::clamp<int64_t>(share, 1, 4);
-    Forward<T, M, Scale> f{View<T, 4>(o),
-                           View<float, 3>(lse),
-                           View<const T, 4>(q),
-                           View<const T, 4>(k),
-                           View<const T, 4>(v),
+    const int64_t B = q.shape[0], Hk = k.shape[1], Nk = k.shape[2], D = q.shape[3], Dv = v.shape[3];
+    Forward<T, M, Scale> f{View<T, 4>("o", o, {B, Hq, Nq, Dv}),
+                           View<float, 3>("lse", lse, {B, Hq, Nq}),
+                           View<const T, 4>("q", q, {B, Hq, Nq, D}),
+                           View<const T, 4>("k", k, {B, Hk, Nk, D}),
+                           View<const T, 4>("v", v, {B, Hk, Nk, Dv}),
                            mask,
                            Scale{scale * MulOf<T>::type::kUnit},
                            q.shape[0],
@@ -296,6 +297,7 @@ struct ForwardOf {
 }  // namespace
 
 void attention_fwd(Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v, Ints mask, double scale) {
+  check(q, k, v, mask);
   const ForwardOf run{o, lse, q, k, v, static_cast<float>(scale)};
   std::visit(WithMask<ForwardOf>{run, q.dtype}, make_mask(mask, q.shape[2], k.shape[2]));
 }

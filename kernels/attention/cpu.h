@@ -39,6 +39,17 @@ struct Carver {  // hands out consecutive parts of this thread's scratch memory
   float* take(int64_t floats) { return std::exchange(next, next + up(floats, 16)); }
 };
 
+// What api.py promises and torch.ops does not: no shape may lead a kernel out of its tensors.
+inline void check(const Tensor& q, const Tensor& k, const Tensor& v, Ints mask) {
+  FASTATTN_CHECK(q.ndim == 4 && k.ndim == 4 && v.ndim == 4, "q, k, v are ", text(q), ", ", text(k),
+                 ", ", text(v), "; they take 4 axes");
+  FASTATTN_CHECK(q.shape[3] <= 256 && v.shape[3] <= 256, "D is ", q.shape[3], " and Dv is ",
+                 v.shape[3], "; at most 256");
+  FASTATTN_CHECK(q.shape[1] == k.shape[1] || (k.shape[1] > 0 && q.shape[1] % k.shape[1] == 0),
+                 "Hq is ", q.shape[1], " and Hk is ", k.shape[1], "; Hq must be a multiple of Hk");
+  FASTATTN_CHECK(mask.size() == 5, "mask has ", mask.size(), " numbers; it takes 5");
+}
+
 // Run-time values become types here, once: `run` is called with the element type and the mask.
 template <class Run>
 struct WithMask {

@@ -98,10 +98,10 @@ struct Probabilities {
 // dS^T = P^T (V dO^T - delta + dlse), where P^T was: float32, or bf16 twice: by keys for dK, as pairs of keys for dQ.
 template <class Mul, class T, class Score>
 struct LogitGradients {
-  float* p;            // P, then dS (Fma) or dS as pairs of keys (Bf16Dot), row j / 2
-  T* da;               // dS by keys (Bf16Dot)
-  float* db;           // dS as pairs of keys (Bf16Dot)
-  const float* delta;  // less dlse
+  float* p;   // P, then dS (Fma) or dS as pairs of keys (Bf16Dot), row j / 2
+  T* da;      // dS by keys (Bf16Dot)
+  float* db;  // dS as pairs of keys (Bf16Dot)
+  const float *delta, *dlse;
   Words v;
   const float* dout;
   int64_t words;
@@ -116,7 +116,7 @@ struct LogitGradients {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v)
         acc[r][v] = score.gradient(load(p + (r0 + r) * kQueries + v * W) *
-                                   (acc[r][v] - load(delta + v * W)));
+                                   ((acc[r][v] - load(delta + v * W)) + load(dlse + v * W)));
 #pragma GCC unroll 8
     for (int r = 0; r < R; r += Mul::kPack)
 #pragma GCC unroll 4
@@ -132,6 +132,12 @@ struct LogitGradients {
       }
   }
 };
+
+// Floats of workspace a head: dQ by tiles, delta, and a turn for each tile.
+inline int64_t work_size(int64_t Nq, int64_t D) {
+  static_assert(kTile <= 64);
+  return ((Nq + 64) * D + Nq + Nq / 8 + 16) / 16 * 16;
+}
 
 template <class T, class M>
 struct Backward {
@@ -167,7 +173,7 @@ struct Backward {
   };
   struct
       Tile {  // q and do by lanes (each stripe of its own) and by rows; of each lane; and of one block, P and dS
-    float *qt, *dot, *qr, *dor, *lse, *lse_low, *delta, *p, *db, *x;
+    float *qt, *dot, *qr, *dor, *lse, *lse_low, *delta, *dlse, *p, *db, *x;
     T *pa, *da;
   };
 
@@ -183,7 +189,7 @@ struct Backward {
     const int64_t wide = up(D, W), wide_v = up(Dv, W);
     Carver carver{static_cast<float*>(
         scratch(4 * (count * 3 * block * (wide + wide_v) + 2 * kQueries * (wide + wide_v) +
-                     ((block + 1) * 4 + 3) * kQueries + 8 * kTile + (count + 1) * 16 * 32)))};
+                     ((block + 1) * 4 + 4) * kQueries + 8 * kTile + (count + 1) * 16 * 32)))};
     const Strided<const T> ks = head(k, b, hk), vs = head(v, b, hk);
     Block held[kMostBlocks];
     for (int64_t i = 0; i < count; ++i) {
@@ -199,7 +205,8 @@ struct Backward {
     Tile tile;
     for (float** part : {&tile.qt, &tile.qr}) *part = carver.take(wide * kQueries);
     for (float** part : {&tile.dot, &tile.dor}) *part = carver.take(wide_v * kQueries);
-    for (float** part : {&tile.lse, &tile.lse_low, &tile.delta}) *part = carver.take(kQueries);
+    for (float** part : {&tile.lse, &tile.lse_low, &tile.delta, &tile.dlse})
+      *part = carver.take(kQueries);
     for (float** part : {&tile.p, &tile.db}) *part = carver.take((block + 1) * kQueries);
     for (T** part : {&tile.pa, &tile.da})
       *part = reinterpret_cast<T*>(carver.take((block + 1) * kQueries));
@@ -235,7 +242,7 @@ struct Backward {
       x.lse[i] = l == -kInf ? kInf : static_cast<float>(l);
       x.lse_low[i] = l == -kInf ? 0.0f : static_cast<float>(l - x.lse[i]);
       x.delta[i] = i0 + i < i1 ? delta(b, h)[i0 + i] : 0.0f;
-      if (dlse && i0 + i < i1) x.delta[i] -= (*dlse)(b, h, i0 + i);
+      x.dlse[i] = dlse && i0 + i < i1 ? (*dlse)(b, h, i0 + i) : 0.0f;
     }
   }
 
@@ -273,6 +280,7 @@ struct Backward {
                                                 tile.da + at,
                                                 tile.db + run.j0 / 2 * kQueries + lane,
                                                 tile.delta + lane,
+                                                tile.dlse + lane,
                                                 x.v.at(run.j0, 0),
                                                 in_stripe(tile.dot, wide_v, v),
                                                 up(Dv, Mul::kPack) / Mul::kPack,
@@ -328,7 +336,8 @@ struct Backward {
 };
 
 // Before the keys: delta_i = do_i . o_i, nobody's turn yet, and dq = 0 where no key is seen.  dS is P times a small
-// difference of dP and delta, so delta is summed in float64.
+// difference of dP and delta.  In float32 delta is summed as dP is, term by term, so that they are equal where a
+// query's weight is on one key; beside 16-bit numbers, in float64.
 template <class T, class M>
 struct Prepare {
   const Backward<T, M>& f;
@@ -339,8 +348,27 @@ struct Prepare {
     const int64_t b = task / tiles / Hq, h = task / tiles % Hq, t = task % tiles;
     const int64_t i0 = t * kTile, i1 = std::min(i0 + kTile, f.Nq);
     f.turn(b, h, t).store(0, std::memory_order_relaxed);
-    for (int64_t i = i0; i < i1; ++i)
-      f.delta(b, h)[i] = dot(f.dout.at(b, h, i), o.at(b, h, i), f.Dv);
+    if constexpr (std::is_same_v<T, float>) {
+      float* const a = static_cast<float*>(scratch(4 * 2 * up(f.Dv, W) * kTile));
+      float* const c = a + up(f.Dv, W) * kTile;
+      pack_lanes<Fma>(a, head(f.dout, b, h), i0, i1, f.Dv);
+      pack_lanes<Fma>(c, head(o, b, h), i0, i1, f.Dv);
+      for (int64_t v = 0; i0 + v * W < i1; ++v) {
+        vf total{};
+        for (int64_t d0 = 0; d0 < f.Dv; d0 += kChunk) {
+          vf part{};
+          for (int64_t d = d0; d < std::min(f.Dv, d0 + kChunk); ++d)
+            part = Fma::mac(part, load(c + d * kTile + v * W), load(a + d * kTile + v * W));
+          total = d0 ? total + part : part;
+        }
+        float* const to = f.delta(b, h) + i0 + v * W;
+        const int64_t left = i1 - i0 - v * W;
+        left >= W ? store(to, total) : store(to, total, left);
+      }
+    } else {
+      for (int64_t i = i0; i < i1; ++i)
+        f.delta(b, h)[i] = dot(f.dout.at(b, h, i), o.at(b, h, i), f.Dv);
+    }
     if (!f.blocks_of(i0, i1).empty()) return;
     for (int64_t i = i0; i < i1; ++i) std::memset(f.dq.at(b, h, i), 0, f.D * sizeof(T));
   }
@@ -360,15 +388,16 @@ struct BackwardOf {
     const int64_t blocks = up(Nk, block) / block, heads = q.shape[0] * Hk;
     const int64_t per_task =
         std::clamp<int64_t>(heads * blocks / (4 * num_threads()), 1, kMostBlocks);
-    Backward<T, M> f{View<T, 4>(dq),
-                     View<T, 4>(dk),
-                     View<T, 4>(dv),
-                     View<float, 3>(work),
-                     View<const T, 4>(q),
-                     View<const T, 4>(k),
-                     View<const T, 4>(v),
-                     View<const T, 4>(dout),
-                     View<const float, 3>(lse),
+    const int64_t B = q.shape[0], D = q.shape[3], Dv = v.shape[3];
+    Backward<T, M> f{View<T, 4>("dq", dq, {B, Hq, Nq, D}),
+                     View<T, 4>("dk", dk, {B, Hk, Nk, D}),
+                     View<T, 4>("dv", dv, {B, Hk, Nk, Dv}),
+                     View<float, 3>("work", work, {B, Hq, work_size(Nq, D)}),
+                     View<const T, 4>("q", q, {B, Hq, Nq, D}),
+                     View<const T, 4>("k", k, {B, Hk, Nk, D}),
+                     View<const T, 4>("v", v, {B, Hk, Nk, Dv}),
+                     View<const T, 4>("do", dout, {B, Hq, Nq, Dv}),
+                     View<const float, 3>("lse", lse, {B, Hq, Nq}),
                      mask,
                      Scale{scale * MulOf<T>::type::kUnit},
                      scale,
@@ -384,8 +413,8 @@ struct BackwardOf {
                      heads,
                      2 * num_threads(),
                      {}};
-    if (dlse) f.dlse.emplace(*dlse);
-    Prepare<T, M> prepare{f, View<const T, 4>(o), Hq, tiles};
+    if (dlse) f.dlse = View<const float, 3>("dlse", *dlse, {B, Hq, Nq});
+    Prepare<T, M> prepare{f, View<const T, 4>("o", o, {B, Hq, Nq, Dv}), Hq, tiles};
     parallel_for(q.shape[0] * Hq * tiles, prepare);
     parallel_for(heads * (up(blocks, per_task) / per_task), f);
   }
@@ -396,6 +425,7 @@ struct BackwardOf {
 void attention_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor work, Tensor dout,
                    std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,
                    Ints mask, double scale) {
+  check(q, k, v, mask);
   const BackwardOf run{dq, dk, dv, work, dout, dlse, q, k, v, o, lse, static_cast<float>(scale)};
   std::visit(WithMask<BackwardOf>{run, q.dtype}, make_mask(mask, q.shape[2], k.shape[2]));
 }
