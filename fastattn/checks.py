@@ -123,7 +123,10 @@ def number(function: str, name: str, value: Any) -> float:
         raise ValueError(
             f"{function}: {name} is {repr(value) if isinstance(value, str) else type(value).__name__}; it takes a number"
         )
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{function}: {name} is too large for a float") from None
 
 
 def shown(*values: Any) -> str:

@@ -6,6 +6,7 @@ mask says ``align="top-left"``, where it stands at i.  ``a & b`` allows what bot
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +98,9 @@ class Window(Mask):
 
     def __post_init__(self) -> None:
         for name, width in (("left", self.left), ("right", self.right)):
-            if width is not None and (not isinstance(width, int) or width < 0):
+            if isinstance(width, numbers.Integral):  # numpy's integers too
+                object.__setattr__(self, name, int(width))
+            if width is not None and (not isinstance(width, numbers.Integral) or width < 0):
                 raise ValueError(f"Window: {name} is {width!r}; it takes None or an integer >= 0")
 
     def band(self) -> Band:

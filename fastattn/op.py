@@ -33,7 +33,7 @@ from torch.autograd import forward_ad
 
 from fastattn.checks import unit_stride
 
-__all__ = ["OPS", "Backend", "Case", "Cost", "Limit", "Op", "Unsupported", "explain", "using"]
+__all__ = ["OPS", "Backend", "Case", "Cost", "Limit", "Op", "Unsupported"]
 
 OPS: dict[str, Op] = {}  # every op, by name: the table that tests, bench and docs walk
 _LIB: Any = torch.library.Library("fastattn", "DEF")  # type: ignore[no-untyped-call]
@@ -344,6 +344,8 @@ class Op:
         its overhead.  Everything else (compilation, tracing, modes, transforms, tensor subclasses) goes
         through ``torch.ops``.
         """
+        if backend.__class__ is not str:
+            self.named(backend)
         if not torch.compiler.is_compiling() and _is_plain() and not args[self._tensors[0]].is_meta:
             needs_grad, watched = torch.is_grad_enabled(), False
             for i in self._tensors:
@@ -362,8 +364,6 @@ class Op:
             raise RuntimeError(
                 f"{self.name}: forward-mode derivatives (jvp) are not implemented; use backward"
             )
-        if not isinstance(backend, str):
-            self.named(backend)
         return _tuple(self.op(*args, backend=backend))
 
     # -- running ------------------------------------------------------------------------------------
@@ -483,74 +483,7 @@ class Op:
 
 
 # ---------------------------------------------------------------------------------------------------
-# What users call
-
-
-def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """Which backend would run ``function(*args, **kwargs)``, and why the others would not.
-
-    Nothing is computed.  The first row marked ``ok`` is the one that runs.
-
-    >>> import torch, fastattn as fa
-    >>> q = torch.zeros(1, 2, 8, 300)
-    >>> print(fa.explain(fa.attention, q, q, q, backend="reference").splitlines()[0])
-    attention(q: float32[1, 2, 8, 300], k: float32[1, 2, 8, 300], v: float32[1, 2, 8, 300])
-    """
-    op = getattr(function, "op", None)
-    if not isinstance(op, Op):
-        known = ", ".join(f"fastattn.{name}" for name in sorted(OPS))
-        raise ValueError(f"explain: fn is {_show(function)}; it takes one of {known}")
-    seen: list[tuple[Sequence[Any], str]] = []
-
-    def record(*call: Any, backend: str = "") -> Any:
-        seen.append((call, backend))
-        return op.fake(*call)
-
-    with torch.no_grad(), _replaced(op, record):
-        function(*args, **kwargs)
-    call, backend = seen[0]
-    return op.render(call, only=[row.name for row in op.named(backend)] if backend else None)
-
-
-class _Process:
-    """Process-wide choice of backend: FASTATTN_BACKEND="name" or "op=name,...", and ``using``."""
-
-    def __init__(self) -> None:
-        self.names: dict[str, str] = {}  # op name, or "" for every op
-        for item in filter(None, os.environ.get("FASTATTN_BACKEND", "").split(",")):
-            op, _, name = item.rpartition("=")
-            self.names[op.strip()] = name.strip()
-
-    def backend(self, op: str) -> str:
-        return self.names.get(op) or self.names.get("", "")
-
-
-PROCESS = _Process()
-
-
-@contextlib.contextmanager
-def using(backend: str, op: str = "") -> Iterator[None]:
-    """Run every call (or every call of ``op``) on ``backend`` inside the block; an error if it cannot.
-
-    >>> import torch, fastattn as fa
-    >>> q = torch.ones(1, 1, 2, 4)
-    >>> with fa.using("reference"):
-    ...     fa.attention(q, q, q).shape
-    torch.Size([1, 1, 2, 4])
-    """
-    known = {b.name for o in OPS.values() for b in o.backends} | {
-        b.family for o in OPS.values() for b in o.backends
-    }
-    if backend not in known:
-        raise ValueError(f"using: backend is {backend!r}; known are {', '.join(sorted(known))}")
-    if op and op not in OPS:
-        raise ValueError(f"using: op is {op!r}; known are {', '.join(sorted(OPS))}")
-    before = dict(PROCESS.names)
-    PROCESS.names[op] = backend
-    try:
-        yield
-    finally:
-        PROCESS.names = before
+# Small parts
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -567,10 +500,6 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 _CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Small parts
 
 
 class _Eager(torch.autograd.Function):

@@ -148,7 +148,7 @@ def test_macros_are_few_and_named():
 # ---- Python: import -----------------------------------------------------------------------------------
 
 STDLIB = rf"({'|'.join(sorted(sys.stdlib_module_names))})(\..*)?"
-TORCH, OWN_TABLE = r"torch(\..*)?", r"fastattn\.(op|masks|bias|rows|checks|testing)"
+TORCH, OWN_TABLE = r"torch(\..*)?", r"fastattn\.(op|choice|masks|bias|rows|checks|testing)"
 MAY_IMPORT = (
     (r"kernels/(?P<op>\w+)/reference\.py", (TORCH,)),
     (r"kernels/common/.*", (TORCH, r"triton(\..*)?", r"fastattn\.kernels\.common(\..*)?")),
@@ -224,12 +224,12 @@ def test_user_input_is_never_asserted():
 
 
 def test_environment_is_read_in_one_place():
-    """FASTATTN_BACKEND and FASTATTN_LOG are all there is, and op.py reads them."""
+    """FASTATTN_BACKEND and FASTATTN_LOG are all there is, and op.py and choice.py read them."""
     found, names = [], set()
     for path in files(".py", under=("fastattn", "kernels")):
         text = path.read_text()
         names |= set(re.findall(r'environ[^"]*"(FASTATTN_\w+)"', text))
-        if "environ" in text and not re.fullmatch(r"fastattn/(op|cli/.*)\.py", name(path)):
+        if "environ" in text and not re.fullmatch(r"fastattn/(op|choice|cli/.*)\.py", name(path)):
             found.append(f"{name(path)}: reads the environment")
     report(found)
     assert names <= {"FASTATTN_BACKEND", "FASTATTN_LOG"}

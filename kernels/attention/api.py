@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from fastattn.checks import Axes, number, unit_stride
+from fastattn.choice import PROCESS
 from fastattn.kernels.attention import reference as formula
 from fastattn.masks import UNBOUNDED, Causal, Full, Mask, Window, materialize, pairs
-from fastattn.op import PROCESS, Case, Cost, Op, at_most, autocast, cpu, reference, takes, triton
+from fastattn.op import Case, Cost, Op, at_most, autocast, cpu, reference, takes, triton
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 FULL = Full().encode()
@@ -170,6 +171,8 @@ def attention(
         raise ValueError(
             f"attention: Nq is {Nq} and Nk is {Nk}; sequences have at most {UNBOUNDED} tokens"
         )
+    if causal is not True and causal is not False:
+        raise ValueError(f"attention: causal is {causal!r}; it takes True or False")
     if mask is None:
         code = CAUSAL if causal else FULL
     elif isinstance(mask, Mask):

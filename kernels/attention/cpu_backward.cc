@@ -8,7 +8,7 @@
 //   dQ^T += K^T dS^T                        in order of key blocks, each waiting for its turn, so that the sum is the
 //                                           same at any number of threads and no memory is spent on it
 //
-// Measured and refused: DESIGN.md.  Assumes unit stride on the last axis (api.py) and D, Dv <= 256 (limits).
+// One file because every part shares the tile.  Measured and refused: DESIGN.md.  Assumes unit stride on the last axis (api.py) and D, Dv <= 256 (limits).
 #define FASTATTN_CPU_FILE "kernels/attention/cpu_backward.cc"
 #include "kernels/attention/op.h"
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from fastattn.checks import DTYPES, number, shown, unit_stride
+from fastattn.choice import PROCESS
 from fastattn.kernels.norm import reference as formula
 from fastattn.kernels.norm.reference import KINDS
-from fastattn.op import PROCESS, Case, Cost, Op, autocast, cpu, reference, takes, triton
+from fastattn.op import Case, Cost, Op, autocast, cpu, reference, takes, triton
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 ROWS_PER_BLOCK = (

@@ -1,0 +1,88 @@
+"""Which backend runs: asked (``explain``) and told (``using``, FASTATTN_BACKEND)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from fastattn.op import OPS, Op, _replaced, _show
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Which backend would run ``function(*args, **kwargs)``, and why the others would not.
+
+    Nothing is computed.  The first row marked ``ok`` is the one that runs.
+
+    >>> import torch, fastattn as fa
+    >>> q = torch.zeros(1, 2, 8, 300)
+    >>> print(fa.explain(fa.attention, q, q, q, backend="reference").splitlines()[0])
+    attention(q: float32[1, 2, 8, 300], k: float32[1, 2, 8, 300], v: float32[1, 2, 8, 300])
+    """
+    op = getattr(function, "op", None)
+    if not isinstance(op, Op):
+        known = ", ".join(f"fastattn.{name}" for name in sorted(OPS))
+        raise ValueError(f"explain: fn is {_show(function)}; it takes one of {known}")
+    seen: list[tuple[Sequence[Any], str]] = []
+
+    def record(*call: Any, backend: str = "") -> Any:
+        seen.append((call, backend))
+        return op.fake(*call)
+
+    with torch.no_grad(), _replaced(op, record):
+        function(*args, **kwargs)
+    call, backend = seen[0]
+    return op.render(call, only=[row.name for row in op.named(backend)] if backend else None)
+
+
+class _Process:
+    """Process-wide choice of backend: FASTATTN_BACKEND="name" or "op=name,...", and ``using``."""
+
+    def __init__(self) -> None:
+        self.choices: list[
+            tuple[str, str]
+        ] = []  # (op name, or "" for every op; backend), latest last
+        for item in filter(None, os.environ.get("FASTATTN_BACKEND", "").split(",")):
+            op, _, name = item.rpartition("=")
+            self.choices.append((op.strip(), name.strip()))
+
+    def backend(self, op: str) -> str:
+        if not self.choices:
+            return ""
+        chosen = dict(self.choices)
+        return chosen.get(op) or chosen.get("", "")
+
+    def check(self) -> None:
+        """Refuses what the environment asks of ops that do not exist: called when all are known."""
+        for op, _ in self.choices:
+            if op and op not in OPS:
+                raise ValueError(f"FASTATTN_BACKEND: op is {op!r}; known are {', '.join(OPS)}")
+
+
+PROCESS = _Process()
+
+
+@contextlib.contextmanager
+def using(backend: str, op: str = "") -> Iterator[None]:
+    """Run every call (or every call of ``op``) on ``backend`` inside the block; an error if it cannot.
+
+    >>> import torch, fastattn as fa
+    >>> q = torch.ones(1, 1, 2, 4)
+    >>> with fa.using("reference"):
+    ...     fa.attention(q, q, q).shape
+    torch.Size([1, 1, 2, 4])
+    """
+    known = {name for o in OPS.values() for b in o.backends for name in (b.name, b.family)}
+    if not isinstance(backend, str) or backend not in known:
+        raise ValueError(f"using: backend is {backend!r}; known are {', '.join(sorted(known))}")
+    if op and op not in OPS:
+        raise ValueError(f"using: op is {op!r}; known are {', '.join(sorted(OPS))}")
+    choice = (op, backend)
+    PROCESS.choices.append(choice)
+    try:
+        yield
+    finally:  # its own choice alone: blocks of several threads may overlap
+        del PROCESS.choices[len(PROCESS.choices) - 1 - PROCESS.choices[::-1].index(choice)]
