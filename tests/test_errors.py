@@ -571,3 +571,19 @@ def test_scales_of_any_number(backend_names):
 @pytest.fixture
 def backend_names(best_cpu):
     return dict.fromkeys((best_cpu, "reference"))
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "mask", "says"),
+    [
+        (t(4000, 2, 4, 32), t(1, 2, 4, 32), t(1, 2, 4, 32), Full().encode(), "k is .*; axis 0 must be 4000"),
+        (t(1, 2, 4, 32), t(1, 2, 4, 8), t(1, 2, 4, 32), Full().encode(), "k is .*; axis 3 must be 32"),
+        (t(1, 2, 4, 32), t(1, 2, 9, 32), t(1, 2, 4, 32), Full().encode(), "v is .*; axis 2 must be 9"),
+        (t(1, 3, 4, 32), t(1, 2, 4, 32), t(1, 2, 4, 32), Full().encode(), "Hq is 3 and Hk is 2"),
+        (t(1, 2, 4, 32), t(1, 2, 4, 32), t(1, 2, 32, 4).mT, Full().encode(), "v has stride 4 on its last axis"),
+        (t(1, 2, 4, 32), t(1, 2, 4, 32), t(1, 2, 4, 32), [1], "mask has 1 numbers"),
+    ],
+)  # fmt: skip
+def test_kernels_check_shapes_because_torch_ops_does_not(best_cpu, q, k, v, mask, says):
+    with pytest.raises(ValueError, match=says):
+        torch.ops.fastattn.attention_fwd(q, k, v, mask, 1.0, backend=best_cpu)

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn as fa
-from fastattn import testing
+from fastattn import choice, testing
 from fastattn.masks import Causal, Window
 from fastattn.op import _replaced
 
@@ -454,3 +454,38 @@ def test_lazy_negation_is_seen():
     assert torch.equal(fa.attention(negated, k, k), fa.attention(-q, k, k))
     x, y = torch.randn(3, 8), torch._neg_view(torch.randn(3, 8))
     assert torch.equal(fa.add_norm(x, y), fa.add_norm(x, y.resolve_neg()))
+
+
+def test_lazy_negation_is_seen_by_gradients():
+    q, k, g = (torch.randn(1, 1, 3, 8) for _ in range(3))
+
+    def gradient(q, g):
+        return torch.autograd.grad(fa.attention(q.requires_grad_(), k, k), q, g)[0]
+
+    expected = gradient(-q, -g)
+    assert torch.equal(gradient(torch._neg_view(q), -g), expected)
+    assert torch.equal(gradient(-q, torch._neg_view(g)), expected)
+
+
+def test_explain_leaves_other_threads_alone():
+    q = torch.randn(1, 2, 40, 32)
+    expected, stop = fa.attention(q, q, q), threading.Event()
+
+    def explain():
+        while not stop.is_set():
+            fa.explain(fa.attention, q, q, q)
+
+    other = threading.Thread(target=explain)
+    other.start()
+    try:
+        assert all(torch.equal(fa.attention(q, q, q), expected) for _ in range(300))
+    finally:
+        stop.set()
+        other.join()
+
+
+def test_overlapping_blocks_of_using_end_as_they_began():
+    first, second = fa.using("reference"), fa.using("cpu")
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None), second.__exit__(None, None, None)
+    assert not choice.PROCESS.choices

@@ -120,6 +120,7 @@ OP = Op(
         Case(B=1, Hq=2, Nq=300, Nk=520, D=64, mask=Causal()),
         Case(B=1, Hq=1, Nq=129, Nk=257, D=96, scale=0.5),
         Case(B=1, Hq=1, Nq=64, Nk=128, D=64, scale=-0.3),
+        *(Case(B=1, Hq=2, Nq=64, Nk=64, D=64, mask=Window(0, 0), scale=scale) for scale in (None, 1.0)),
         Case(B=0, Hq=2, Nq=4, Nk=4, D=8),
     ],
     make=_make,
