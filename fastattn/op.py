@@ -321,11 +321,17 @@ class Op:
             else:
                 shape, dtype, device = ctx.like[i]
                 args.append(None if source == 2 else torch.zeros(shape, dtype=dtype, device=device))
-        # torch.ops resolves lazy negation, which kernels cannot see.
+        batched = any(g is not None and _is_batched(g) for g in grads)
+        if batched and torch.is_grad_enabled():  # torch would lose what _Once attaches
+            raise RuntimeError(
+                f"{self.name}: second derivatives are not implemented; batched gradients take create_graph=False"
+            )
+        # torch.ops resolves lazy negation and takes batches apart; kernels see neither.
         eager = (
             not torch.compiler.is_compiling()
             and _is_plain()
             and not any(isinstance(a, torch.Tensor) and a.is_neg() for a in args)
+            and not batched
         )
         run = self._backward if eager else self.op_backward
         found = _tuple(run(*args, backend=ctx.backend))
@@ -562,6 +568,11 @@ def _is_plain() -> bool:
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
     )
+
+
+# The vmap of torch.func is a transform, which _is_plain sees; that of torch.autograd (is_grads_batched,
+# jacobian(vectorize=True)) shows in the tensors alone.
+_is_batched: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _has_tangent(t: torch.Tensor | None) -> bool:

@@ -256,6 +256,38 @@ def test_a_graph_can_be_used_twice(op, name):
         torch.autograd.grad(loss, wanted)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_batches_of_gradients(op, backend):
+    """``is_grads_batched``: each sample has the bits that it has alone, however the batch lies in memory."""
+    call = example(op, device=backend.device)
+    options = inspect.signature(op.function).parameters
+    call |= {n: True for n in ("return_lse", "return_sum") if n in options}
+    wanted = list(leaves(call).values())
+    outs = op.function(**call, backend=backend.name)
+    batches = [torch.randn(*o.shape, 3, device=backend.device).movedim(-1, 0) for o in outs]
+    together = torch.autograd.grad(outs, wanted, batches, retain_graph=True, is_grads_batched=True)
+    for n in range(3):
+        sample = [batch[n] for batch in batches]
+        alone = torch.autograd.grad(outs, wanted, sample, retain_graph=True)
+        assert all(torch.equal(g[n], expected) for g, expected in zip(together, alone))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_vectorized_jacobian(op, name):
+    call = example(op)
+    first = next(iter(leaves(call)))
+
+    def function(t):
+        outs = op.function(**(call | {first: t}), backend=name)
+        return (outs[0] if isinstance(outs, tuple) else outs).flatten()[:40]
+
+    jacobian = torch.autograd.functional.jacobian
+    found = jacobian(function, call[first], vectorize=True)
+    assert torch.equal(found, jacobian(function, call[first]))
+    with pytest.raises(RuntimeError, match=f"{op.name}: second .*; batched gradients take create"):
+        jacobian(function, call[first], vectorize=True, create_graph=True)
+
+
 def test_one_tensor_as_all_inputs(name):
     x = torch.randn(1, 2, 7, 8, dtype=torch.float64).float().requires_grad_()
     fa.attention(x, x, x, causal=True, backend=name).square().sum().backward()
