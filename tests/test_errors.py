@@ -150,7 +150,7 @@ def test_unknown_keywords_and_missing_arguments_are_type_errors():
     with pytest.raises(TypeError, match="positional"):
         fa.attention(Q, Q, Q, Causal())
     with pytest.raises(TypeError, match="positional"):
-        fa.add_norm(X, X, X[0], X[0])
+        fa.add_norm(X, X, X[0], X[0], X[0], 1e-5, "rms", True)
 
 
 # ---- masks --------------------------------------------------------------------------------------------

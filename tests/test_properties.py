@@ -379,6 +379,15 @@ def norm_gradients(backend, call, upstream):
 
 
 @of_norm
+def test_arguments_by_place_are_those_by_name(best_cpu):
+    values = torch.randn(3, 8), torch.randn(3, 8), *torch.randn(3, 8), 0.1, "crms"
+    names = ("x", "residual", "bias", "weight", "beta", "eps", "kind")
+    for n in range(1, 8):
+        by_name = dict(zip(names[:n], values))
+        same((fa.add_norm(*values[:n], backend=best_cpu), fa.add_norm(**by_name, backend=best_cpu)))
+
+
+@of_norm
 @KINDS
 def test_a_row_is_alone(backend, dtype, kind):
     x, r, up = rows(backend, dtype=dtype), rows(backend, dtype=dtype), rows(backend, dtype=dtype)

@@ -141,11 +141,11 @@ def add_norm(
     x: torch.Tensor,
     residual: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    *,
     weight: torch.Tensor | None = None,
     beta: torch.Tensor | None = None,
     eps: float = 1e-5,
     kind: str = "layer",
+    *,
     return_sum: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
