@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -127,6 +128,11 @@ def number(function: str, name: str, value: Any) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{function}: {name} is too large for a float") from None
+
+
+def given(value: Any) -> str:
+    """What was passed where a name is wanted, as it is typed; long things are cut."""
+    return repr(value) if isinstance(value, str) else reprlib.repr(value)
 
 
 def shown(*values: Any) -> str:

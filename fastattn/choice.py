@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastattn.checks import given
 from fastattn.op import OPS, Op, _replaced, _show
 
 
@@ -42,18 +43,23 @@ class _Process:
     """Process-wide choice of backend: FASTATTN_BACKEND="name" or "op=name,...", and ``using``."""
 
     def __init__(self) -> None:
-        self.choices: list[
-            tuple[str, str]
-        ] = []  # (op name, or "" for every op; backend), latest last
+        # (op name, or "" for every op; backend): the last that speaks of an op counts
+        self.choices: list[tuple[str, str]] = []
         for item in filter(None, os.environ.get("FASTATTN_BACKEND", "").split(",")):
             op, _, name = item.rpartition("=")
             self.choices.append((op.strip(), name.strip()))
+        self.choices.sort(key=lambda choice: choice[0] != "")
 
-    def backend(self, op: str) -> str:
-        if not self.choices:
-            return ""
-        chosen = dict(self.choices)
-        return chosen.get(op) or chosen.get("", "")
+    def backend(self, op: str, asked: Any) -> str:
+        """The name that a call passes, or what the process says, or "": the first that accepts."""
+        if asked is not None:
+            if asked.__class__ is not str or not asked:
+                OPS[op].named(asked)
+            return asked  # type: ignore[no-any-return]
+        for about, name in reversed(self.choices):
+            if about in ("", op):
+                return name
+        return ""
 
     def check(self) -> None:
         """Refuses what the environment asks of ops that do not exist: called when all are known."""
@@ -69,6 +75,8 @@ PROCESS = _Process()
 def using(backend: str, op: str = "") -> Iterator[None]:
     """Run every call (or every call of ``op``) on ``backend`` inside the block; an error if it cannot.
 
+    The innermost block that speaks of an op decides.
+
     >>> import torch, fastattn as fa
     >>> q = torch.ones(1, 1, 2, 4)
     >>> with fa.using("reference"):
@@ -77,9 +85,11 @@ def using(backend: str, op: str = "") -> Iterator[None]:
     """
     known = {name for o in OPS.values() for b in o.backends for name in (b.name, b.family)}
     if not isinstance(backend, str) or backend not in known:
-        raise ValueError(f"using: backend is {backend!r}; known are {', '.join(sorted(known))}")
-    if op and op not in OPS:
-        raise ValueError(f"using: op is {op!r}; known are {', '.join(sorted(OPS))}")
+        raise ValueError(
+            f"using: backend is {given(backend)}; known are {', '.join(sorted(known))}"
+        )
+    if not isinstance(op, str) or op not in ("", *OPS):
+        raise ValueError(f"using: op is {given(op)}; known are {', '.join(sorted(OPS))}")
     choice = (op, backend)
     PROCESS.choices.append(choice)
     try:

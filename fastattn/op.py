@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from fastattn.checks import unit_stride
+from fastattn.checks import given, unit_stride
 
 __all__ = ["OPS", "Backend", "Case", "Cost", "Limit", "Op", "Unsupported"]
 
@@ -350,8 +350,6 @@ class Op:
         its overhead.  Everything else (compilation, tracing, modes, transforms, tensor subclasses) goes
         through ``torch.ops``.
         """
-        if backend.__class__ is not str:
-            self.named(backend)
         if not torch.compiler.is_compiling() and _is_plain() and not args[self._tensors[0]].is_meta:
             needs_grad, watched = torch.is_grad_enabled(), False
             for i in self._tensors:
@@ -457,12 +455,14 @@ class Op:
         asked = f" with backend={backend!r}" if backend else ""
         raise Unsupported(f"{self.name}: no backend accepts this call{asked}\n{self.render(args)}")
 
-    def named(self, backend: str) -> list[Backend]:
+    def named(self, backend: Any) -> list[Backend]:
         """Rows called ``backend``, or of that family ("cpu" is every instruction set)."""
-        rows = [b for b in self.backends if backend in (b.name, b.family)]
+        rows = [
+            b for b in self.backends if isinstance(backend, str) and backend in (b.name, b.family)
+        ]
         if not rows:
             raise ValueError(
-                f"{self.name}: backend is {backend!r}; {self.name} has "
+                f"{self.name}: backend is {given(backend)}; {self.name} has "
                 + ", ".join(b.name for b in self.backends)
             )
         return rows

@@ -130,6 +130,8 @@ OPTIONS = {
     "scale tensor": ({"scale": torch.tensor(0.5, requires_grad=True)},
                      "attention: scale is Tensor; it takes a number"),
     "scale list": ({"scale": [1.0]}, "attention: scale is list; it takes a number"),
+    "empty scale": ({"scale": {}}, "attention: scale is dict; it takes a number"),
+    "scale tensor of two": ({"scale": t(2)}, "attention: scale is Tensor; it takes a number"),
     "complex scale": ({"scale": 1j}, "attention: scale is complex; it takes a number"),
 }  # fmt: skip
 
@@ -312,7 +314,9 @@ def test_explain_refuses_what_is_no_op():
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
-@pytest.mark.parametrize("named", ["cuda9", "avx512", 5, ("cpu",)], ids=str)
+@pytest.mark.parametrize(
+    "named", ["cuda9", "avx512", "", 5, 0, False, {}, ("cpu",), X.device], ids=str
+)
 def test_unknown_backends(named, grad):
     q = t(1, 1, 2, 4).requires_grad_(grad)
     names = ", ".join(b.name for b in OPS["attention"].backends)
@@ -321,6 +325,34 @@ def test_unknown_backends(named, grad):
         match=f"^{re.escape(f'attention: backend is {named!r}; attention has {names}')}$",
     ):
         fa.attention(q, q, q, backend=named)
+
+
+def test_a_backend_is_a_name():
+    """Neither an object that is long to print nor one that has no truth value."""
+    row = OPS["add_norm"].backends[0]
+    with pytest.raises(
+        ValueError, match=r"^add_norm: backend is Backend\(.{,40}\); add_norm has cpu-"
+    ):
+        fa.add_norm(X, backend=row)
+    for many in (t(2), np.array(["cpu", "triton"])):
+        with pytest.raises(ValueError, match=r"^add_norm: backend is \w+\(.*\); add_norm has cpu-"):
+            fa.add_norm(X, backend=many)
+
+
+@pytest.mark.parametrize("named", ["", None, {}, [], 0, ("cpu",), t(2)], ids=str)
+def test_using_takes_names(named):
+    shown = re.escape(repr(named))
+    with (
+        pytest.raises(ValueError, match=f"^using: backend is {shown}; known are cpu, cpu-avx2, "),
+        fa.using(named),
+    ):
+        pass
+    if named != "":  # every op
+        with (
+            pytest.raises(ValueError, match=f"^using: op is {shown}; known are add_norm, "),
+            fa.using("cpu", op=named),
+        ):
+            pass
 
 
 def test_using_refuses_unknown_names():
@@ -350,13 +382,15 @@ def test_using_is_undone_and_nests():
             with fa.using("cpu", op="attention"):
                 fa.attention(q, q, q)
                 fa.attention(q, q, q, backend="reference")
+                with fa.using("reference"), fa.using("cpu", op="add_norm"):
+                    fa.attention(q, q, q)
             fa.attention(q, q, q)
             with pytest.raises(RuntimeError), fa.using("cpu"):
                 raise RuntimeError
             fa.attention(q, q, q)
     finally:
         del op.choose
-    assert chosen == ["reference", "reference", "cpu", "reference", "reference", "reference"]
+    assert chosen == ["reference", "reference", "cpu", *["reference"] * 4]
 
 
 ENVIRONMENT = """
@@ -376,6 +410,7 @@ fa.add_norm(q)
     [
         ("reference", "runs"),
         ("attention=reference", "runs"),
+        ("attention=nothing,reference", "attention: backend is 'nothing'; attention has cpu-"),
         ("attention = nothing", "attention: backend is 'nothing'; attention has cpu-"),
         ("add_norm=reference,attention=cuda9", "attention: backend is 'cuda9'; attention has cpu-"),
     ],

@@ -187,7 +187,7 @@ def attention(
         unit_stride(k),
         unit_stride(v),
         code,
-        D**-0.5 if scale is None and D else number("attention", "scale", scale or 0.0),
-        backend=backend or PROCESS.backend("attention"),
+        (D or 1) ** -0.5 if scale is None else number("attention", "scale", scale),
+        backend=PROCESS.backend("attention", backend),
     )
     return (o, lse) if return_lse else o

@@ -176,7 +176,7 @@ def add_norm(
         None if beta is None else _vector(beta, x),
         float(eps),
         KINDS.index(kind),
-        backend=backend or PROCESS.backend("add_norm"),
+        backend=PROCESS.backend("add_norm", backend),
     )
     if residual is None and bias is None:
         s = x
