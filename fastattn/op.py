@@ -492,20 +492,27 @@ class Op:
 # Small parts
 
 
+CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # what autocast joins
+
+
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in autocast's dtype where autocast is on for their device; else as they are."""
-    if not torch._C._is_any_autocast_enabled() or not isinstance(tensors[0], torch.Tensor):
+    dtype = autocast_dtype(tensors[0])
+    if dtype is None:
         return tensors
-    kind = tensors[0].device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
     return tuple(
-        t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in _CASTABLE else t for t in tensors
+        t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in CASTABLE else t for t in tensors
     )
 
 
-_CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
+def autocast_dtype(t: Any) -> torch.dtype | None:
+    """Autocast's dtype where it is on for the device of ``t``."""
+    if not torch._C._is_any_autocast_enabled() or not isinstance(t, torch.Tensor):
+        return None
+    kind = t.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 class _Eager(torch.autograd.Function):

@@ -392,6 +392,25 @@ def test_autocast_joins_dtypes(name):
         assert fa.attention(q, k, k, backend=name).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_autocast_takes_parameters_of_its_dtypes_unrounded(low, given, name):
+    x, parameters = torch.randn(3, 8), torch.randn(3, 8).to(given).requires_grad_()
+    with torch.autocast("cpu", dtype=low):
+        found = fa.add_norm(x, None, *parameters, backend=name)
+    expected = fa.add_norm(x.to(low), None, *parameters.float(), backend=name)
+    assert torch.equal(found, expected)
+    (g,) = torch.autograd.grad(found.float().sum(), parameters)
+    assert g.dtype == given
+    with (
+        torch.autocast("cpu", dtype=low),
+        pytest.raises(
+            ValueError, match=r"weight is float64\[8\] .* it takes \[8\] of .* or float32 or"
+        ),
+    ):
+        fa.add_norm(x, weight=torch.ones(8).double(), backend=name)
+
+
 def test_default_dtype_does_not_matter(name):
     q = torch.randn(1, 2, 5, 8)
     expected = fa.attention(q, q, q, return_lse=True, backend=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,18 @@ from fastattn.checks import DTYPES, number, shown, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.norm import reference as formula
 from fastattn.kernels.norm.reference import KINDS
-from fastattn.op import Case, Cost, Op, autocast, cpu, reference, takes, triton
+from fastattn.op import (
+    CASTABLE,
+    Case,
+    Cost,
+    Op,
+    autocast,
+    autocast_dtype,
+    cpu,
+    reference,
+    takes,
+    triton,
+)
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 ROWS_PER_BLOCK = (
@@ -220,13 +232,18 @@ def _check(x: Any, residual: Any, parameters: dict[str, Any], kind: Any, eps: An
         if t is not None and not (
             _is_dense(t)
             and t.shape == x.shape[-1:]
-            and t.dtype in (x.dtype, F32)
+            and (t.dtype in (x.dtype, F32) or t.dtype in _parameter_dtypes(x))
             and t.device == x.device
         ):
-            dtypes = " or ".join(dict.fromkeys((shown(x.dtype), "float32")))
             raise ValueError(
-                f"add_norm: {name} is {_describe(t)}; with x {_describe(x)} it takes [{x.shape[-1]}] of {dtypes}"
+                f"add_norm: {name} is {_describe(t)}; with x {_describe(x)} it takes [{x.shape[-1]}] of "
+                + " or ".join(map(shown, _parameter_dtypes(x)))
             )
+
+
+def _parameter_dtypes(x: torch.Tensor) -> Iterable[torch.dtype]:
+    """Parameters become float32 without rounding: where autocast is on, any dtype that it joins will do."""
+    return dict.fromkeys((x.dtype, F32, *(CASTABLE if autocast_dtype(x) else ())))
 
 
 def _is_dense(t: Any) -> bool:
