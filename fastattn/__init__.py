@@ -11,3 +11,8 @@ __all__ = ["Unsupported", "add_norm", "attention", "explain", "masks", "using"]
 
 PROCESS.check()
 del PROCESS
+
+
+def __dir__() -> list[str]:
+    """What users use: the modules that make it up are no part of the package's face."""
+    return sorted({*__all__, "__version__", "testing"} & globals().keys())

@@ -125,6 +125,11 @@ def test_names_of_the_package_exist(page):
             thing = getattr(thing, part)
 
 
+def test_dir_shows_the_names_that_users_use():
+    importlib.import_module("fastattn.testing")
+    assert dir(fastattn) == sorted([*fastattn.__all__, "__version__", "testing"])
+
+
 @EVERY_PAGE
 def test_commands_exist(page):
     """``fastattn x`` and ``make x`` in a text are commands of the package and of the Makefile."""
