@@ -13,7 +13,7 @@ import torch
 
 from fastattn.bench.timing import Call
 from fastattn.op import OPS, Backend, Case, Cost, Op
-from fastattn.testing import facts, maker, prove, why_not
+from fastattn.testing import facts, floats, invoke, maker, prove, why_not, with_floats
 
 DIRECTIONS = ("forward", "backward")
 OURS = "fastattn"
@@ -141,11 +141,13 @@ def peers(row: Row, every_peer: bool = False) -> list[str]:
 def contender(row: Row, name: str) -> Callable[..., Any]:
     """The function called ``name`` in a row's columns: ours, another backend of ours, or a peer's."""
     if name == OURS or row.kind == "isa":
-        return functools.partial(
-            row.op.function, backend=row.backend.name if name == OURS else name
-        )
+        return functools.partial(_ours, row.op, row.backend.name if name == OURS else name)
     assert row.op.peers is not None
     return row.op.peers(**_inputs(row)[0])[name]
+
+
+def _ours(op: Op, backend: str, **values: Any) -> Any:
+    return invoke(op, values, backend=backend)
 
 
 def calls(row: Row, function: Callable[..., Any]) -> list[Call]:
@@ -163,12 +165,8 @@ def _call(direction: str, function: Callable[..., Any], values: dict[str, Any]) 
         values = {n: value for n, value in values.items() if n in names}
     if direction == "forward":
         return functools.partial(function, **values)
-    leaves = {
-        n: t.detach().requires_grad_()
-        for n, t in values.items()
-        if isinstance(t, torch.Tensor) and t.is_floating_point()
-    }
-    outs = function(**values | leaves)
+    leaves = {n: t.detach().requires_grad_() for n, t in floats(values).items()}
+    outs = function(**with_floats(values, leaves))
     outs = tuple(o for o in (outs if isinstance(outs, tuple) else (outs,)) if o.requires_grad)
     upstream = tuple(torch.randn_like(o) for o in outs)
     return functools.partial(

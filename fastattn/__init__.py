@@ -1,13 +1,29 @@
 """Fast attention and its neighbours as differentiable PyTorch functions, each with a reference that defines it."""
 
-from fastattn import masks
+from fastattn import bias, masks
 from fastattn.choice import PROCESS, explain, using
-from fastattn.kernels.attention.api import attention
+from fastattn.kernels.attention.api import (
+    attention,
+    attention_importance,
+    attention_varlen,
+    column_attention,
+)
 from fastattn.kernels.norm.api import add_norm
 from fastattn.op import Unsupported
 
 __version__ = "0.1.0"
-__all__ = ["Unsupported", "add_norm", "attention", "explain", "masks", "using"]
+__all__ = [
+    "Unsupported",
+    "add_norm",
+    "attention",
+    "attention_importance",
+    "attention_varlen",
+    "bias",
+    "column_attention",
+    "explain",
+    "masks",
+    "using",
+]
 
 PROCESS.check()
 del PROCESS

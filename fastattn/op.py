@@ -253,6 +253,7 @@ class Op:
         self._plan = [
             (0, tensors.index(n)) if n in tensors
             else (1, others.index(n)) if n in others
+            else (4, 0) if n == "needs"
             else (2 if f"Tensor? {n}" in self.backward else 3, self.outputs.index(n[1:]))
             for n in self.backward_arguments
         ]  # fmt: skip
@@ -260,6 +261,11 @@ class Op:
             self.gradients.index(d) if d in self.gradients else None
             for d in ("d" + self.same_gradient.get(n, n) for n in self.arguments)
         ]
+        sources = [  # the arguments whose gradients the results are, for ``needs``
+            [i for i, r in enumerate(self._returned) if r == at]
+            for at in range(len(self.gradients))
+        ]
+        self._wanted = [[*found] for found in sources]
         self._again = [
             self.backward_arguments.index(n) if n in self.backward_arguments else None
             for n in self.arguments
@@ -313,9 +319,12 @@ class Op:
 
     def _autograd(self, ctx: Any, *grads: Any) -> Any:
         saved, args = ctx.saved_tensors, []
+        needed = ctx.needs_input_grad[-len(self.arguments) :]
         for source, i in self._plan:
             if source < 2:
                 args.append(ctx.others[i] if source else saved[i])
+            elif source == 4:
+                args.append([any(needed[at] for at in found) for found in self._wanted])
             elif grads[i] is not None:
                 args.append(unit_stride(grads[i]))
             else:
@@ -324,7 +333,7 @@ class Op:
         batched = any(g is not None and _is_batched(g) for g in grads)
         if batched and torch.is_grad_enabled():  # torch would lose what _Once attaches
             raise RuntimeError(
-                f"{self.name}: second derivatives are not implemented; batched gradients take create_graph=False"
+                f"{self.name}: batched gradients (is_grads_batched) take create_graph=False"
             )
         # torch.ops resolves lazy negation and takes batches apart; kernels see neither.
         eager = (
@@ -333,12 +342,14 @@ class Op:
             and not any(isinstance(a, torch.Tensor) and a.is_neg() for a in args)
             and not batched
         )
-        run = self._backward if eager else self.op_backward
-        found = _tuple(run(*args, backend=ctx.backend))
-        if torch.is_grad_enabled():  # create_graph=True
-            once: Any = _Once.apply
-            found = once(self.name, len(found), *found, *saved, *grads)
-        needed = ctx.needs_input_grad[-len(self.arguments) :]
+        if torch.is_grad_enabled() and not self.recall:  # create_graph=True
+            found = self._reference_backward(dict(zip(self.backward_arguments, args)), again=True)
+        else:
+            run = self._backward if eager else self.op_backward
+            found = _tuple(run(*args, backend=ctx.backend))
+            if torch.is_grad_enabled():
+                once: Any = _Once.apply
+                found = once(self.name, len(found), *found, *saved, *grads)
         return tuple(
             found[i] if want and i is not None else None for i, want in zip(self._returned, needed)
         )
@@ -370,6 +381,15 @@ class Op:
             )
         return _tuple(self.op(*args, backend=backend))
 
+    def call_backward(self, *args: Any, backend: str = "") -> Any:
+        """The backward op on ``args``, its schema's: for functions that are made of it."""
+        eager = not torch.compiler.is_compiling() and _is_plain()
+        plain = all(
+            type(a) in _PLAIN and not a.is_neg() for a in args if isinstance(a, torch.Tensor)
+        )
+        run = self._backward if eager and plain else self.op_backward
+        return _tuple(run(*args, backend=backend))
+
     # -- running ------------------------------------------------------------------------------------
 
     def _forward(self, *args: Any, backend: str = "") -> Any:
@@ -395,16 +415,27 @@ class Op:
         _load(chosen.backward)(*outs, *scratch, *args)
         return tuple(outs)
 
-    def _reference_backward(self, known: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        """Autograd through the formula; the fast backward passes are measured against this."""
+    def _reference_backward(
+        self, known: dict[str, Any], again: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """Autograd through the formula; the fast backward passes are measured against this.
+
+        ``again``: the gradients are to be differentiated in their turn, so the formula starts from the very inputs.
+        """
+        needs = known.get("needs") or [True] * len(self.gradients)
+        needed = {d[1:] for d, need in zip(self.gradients, needs) if need}
         with torch.enable_grad():
             inputs = [
-                v.detach().requires_grad_("d" + n in self.gradients)
+                (v if again else v.detach().requires_grad_(n in needed and v.is_floating_point()))
                 if isinstance(v, torch.Tensor)
                 else v
                 for n, v in ((n, known.get(n)) for n in self.arguments)
             ]
-            wanted = [v for v in inputs if isinstance(v, torch.Tensor) and v.requires_grad]
+            wanted = [
+                v
+                for n, v in zip(self.arguments, inputs)
+                if n in needed and isinstance(v, torch.Tensor) and v.requires_grad
+            ]
             outs = dict(zip(self.outputs, self.reference(*inputs)))
             pairs = [
                 (outs[n], known["d" + n]) for n in self.outputs if known.get("d" + n) is not None
@@ -412,7 +443,11 @@ class Op:
             pairs = [(o, g) for o, g in pairs if o.requires_grad]
             found = (
                 torch.autograd.grad(
-                    [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+                    [o for o, _ in pairs],
+                    wanted,
+                    [g for _, g in pairs],
+                    allow_unused=True,
+                    create_graph=again,
                 )
                 if pairs
                 else [None] * len(wanted)
@@ -422,12 +457,15 @@ class Op:
         )
         by_name = dict(zip(self.arguments, inputs))
         result = []
-        for name in self.gradients:
+        first = next(t for t in inputs if isinstance(t, torch.Tensor))
+        for name, need in zip(self.gradients, needs):
             given, grad = by_name[name[1:]], grads.get(name[1:])
-            if given is None:  # an optional argument that was not passed: nothing to return
-                result.append(next(w for w in wanted).new_empty(0))
+            if given is None or not need:  # not passed, or not asked for: nothing to return
+                result.append(first.new_empty(0))
+            elif grad is None:
+                result.append(torch.zeros_like(given))
             else:
-                result.append(torch.zeros_like(given) if grad is None else grad.clone())
+                result.append(grad if again else grad.clone())
         return tuple(result)
 
     # -- choosing and explaining --------------------------------------------------------------------

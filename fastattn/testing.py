@@ -6,14 +6,17 @@ Public, so that code built on fastattn can prove its own kernels the same way.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fastattn.bias import Bias
 from fastattn.op import OPS, Backend, Case, Op, _native, _replaced
 
 __all__ = ["Failure", "check", "every", "poisoned", "prove", "prove_reference"]
@@ -115,17 +118,57 @@ class Result:
     gradients: dict[str, torch.Tensor]
 
 
+def floats(call: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The float tensors of a call by name; those inside biases and lists as ``bias.table``, ``bias.0``."""
+    if isinstance(call, torch.Tensor):
+        return {prefix: call} if call.is_floating_point() else {}
+    parts = (
+        vars(call)
+        if isinstance(call, Bias)
+        else call
+        if isinstance(call, dict)
+        else dict(enumerate(call))
+        if isinstance(call, list)
+        else {}
+    )
+    found: dict[str, torch.Tensor] = {}
+    for name, part in parts.items():
+        found |= floats(part, f"{prefix}.{name}" if prefix else str(name))
+    return found
+
+
+def with_floats(call: Any, new: dict[str, torch.Tensor], prefix: str = "") -> Any:
+    """The call with other tensors in the places that ``floats`` names."""
+    if isinstance(call, torch.Tensor):
+        return new.get(prefix, call)
+
+    def inside(name: Any, part: Any) -> Any:
+        return with_floats(part, new, f"{prefix}.{name}" if prefix else str(name))
+
+    if isinstance(call, dict):
+        return {name: inside(name, part) for name, part in call.items()}
+    if isinstance(call, list):
+        return [inside(i, part) for i, part in enumerate(call)]
+    if isinstance(call, Bias):
+        other = copy.copy(call)
+        vars(other).update({name: inside(name, part) for name, part in vars(call).items()})
+        return other
+    return call
+
+
+def invoke(op: Op, call: dict[str, Any], **more: Any) -> Any:
+    """The op's public function on ``call``, or the one of fastattn that ``call["function"]`` names."""
+    call = {**call, **more}
+    name = call.pop("function", None)
+    return (getattr(sys.modules["fastattn"], name) if name else op.function)(**call)
+
+
 def run(op: Op, call: dict[str, Any], backend: str, seed: int = 1) -> Result:
     """Forward and backward with upstream gradients drawn from ``seed``, the same for every backend."""
-    inputs = {
-        n: t.detach().requires_grad_()
-        if isinstance(t, torch.Tensor) and t.is_floating_point()
-        else t
-        for n, t in call.items()
-    }
-    leaves = {n: t for n, t in inputs.items() if isinstance(t, torch.Tensor) and t.requires_grad}
+    leaves = {n: t.detach().requires_grad_() for n, t in floats(call).items()}
+    inputs = with_floats(call, leaves)
     extra = {"return_lse": True} if "return_lse" in op.function.__code__.co_varnames else {}
-    found = op.function(**inputs, **extra, backend=backend)
+    found = invoke(op, inputs, **extra, backend=backend)
     outs = found if isinstance(found, tuple) else (found,)
     generator = torch.Generator().manual_seed(seed)
     upstream = [
@@ -198,7 +241,7 @@ def why_not(op: Op, backend: Backend, dtype: torch.dtype, case: Case) -> str:
     from fastattn.op import _replaced
 
     with torch.no_grad(), _replaced(op, record):
-        op.function(**make(op, case, dtype, "cpu"))
+        invoke(op, make(op, case, dtype, "cpu"))
     facts = dict(zip(op.facts, op._facts(*calls[0])))
     if backend.device != "cpu":
         facts["device"] = backend.device
@@ -211,10 +254,7 @@ def prove(op: Op, backend: Backend, dtype: torch.dtype, case: Case) -> float:
     Returns the largest share of the error budget that was used; raises ``Failure``.
     """
     call = make(op, case, dtype, backend.device)
-    double = {
-        n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-        for n, t in call.items()
-    }
+    double = with_floats(call, {n: t.double() for n, t in floats(call).items()})
     with poisoned():
         got = run(op, call, backend.name)
         again = run(op, call, backend.name)
@@ -235,7 +275,7 @@ def facts(op: Op, call: dict[str, Any], device: str) -> dict[str, Any]:
         return op.fake(*args)
 
     with torch.no_grad(), _replaced(op, record):
-        op.function(**call)
+        invoke(op, call)
     return dict(zip(op.facts, op._facts(*calls[0]))) | {"device": device}
 
 
@@ -245,15 +285,11 @@ def prove_reference(op: Op, case: Case) -> float:
     Returns the largest share of the allowed difference that was used; raises ``Failure``.
     """
     call = make(op, case, torch.float64, "cpu")
-    leaves = {
-        n: t.detach().double().contiguous().requires_grad_()
-        for n, t in call.items()
-        if isinstance(t, torch.Tensor) and t.is_floating_point()
-    }
+    leaves = {n: t.detach().double().contiguous().requires_grad_() for n, t in floats(call).items()}
     inputs = list(leaves.values())
 
     def outputs(*values: torch.Tensor) -> list[torch.Tensor]:
-        found = op.function(**call | dict(zip(leaves, values)), backend="reference")
+        found = invoke(op, with_floats(call, dict(zip(leaves, values))), backend="reference")
         found = found if isinstance(found, tuple) else (found,)
         return [
             torch.where(torch.isinf(o), 0.0, o) for o in found

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -45,13 +46,44 @@ class Driver:
         self.get_active_torch_device = lambda: torch.device("cpu")
 
 
-def attend(attention, dtype, D, Hk=128, N=128, dlse=True) -> None:
-    q, dq, o, do = (torch.empty(2, 128, N, D, dtype=dtype) for _ in range(4))
-    k, dk, v, dv = (torch.empty(2, Hk, N, D, dtype=dtype) for _ in range(4))
-    lse = torch.empty(2, 128, N)
-    mask, scale = [0, 1 << 30, 0, 1 << 30, 1 << 30], D**-0.5
-    attention.forward(o, lse, q, k, v, mask, scale)
-    attention.backward(dq, dk, dv, do, lse if dlse else None, q, k, v, o, lse, mask, scale)
+BAND = [0, 1 << 30, 0, 1 << 30, 1 << 30, 0]  # causal
+EXTRAS = [
+    "bias", "bias_index", "bias2", "bias2_index", "weight", "weight_index", "sinks", "visible", "blocks",
+    "heads", "cu_q", "cu_k", "seed",
+]  # fmt: skip
+
+
+def attend(
+    attention, dtype, D, Hk=128, N=128, dlse=True, mask=BAND, softcap=0.0, low=0.0, dropout=0.0, **given
+) -> None:  # fmt: skip
+    B = 1 if "cu_q" in given else 2
+    q, dq, o, do = (torch.empty(B, 128, N, D, dtype=dtype) for _ in range(4))
+    k, dk, v, dv = (torch.empty(B, Hk, N, D, dtype=dtype) for _ in range(4))
+    lse, extras = torch.empty(B, 128, N), [given.get(name) for name in EXTRAS]
+    numbers = (D**-0.5, softcap, low, 1.0, dropout)
+    grads = [given.get(name) for name in ("bias", "bias2", "weight", "sinks")]
+    needs = [True, True, True, *(t is not None for t in grads)]
+    dlse = lse if dlse else None
+    attention.forward(o, lse, q, k, v, *extras, mask, numbers)
+    attention.backward(
+        dq, dk, dv, *grads, do, dlse, q, k, v, *extras, o, lse, mask, numbers, needs
+    )  # fmt: skip
+
+
+def features() -> dict[str, dict]:
+    """What may come beside a band and a scale, a few at a time, with its gradients."""
+    table, index, ends, heads = (torch.empty(128, 255), *(torch.empty(n, dtype=torch.int32) for n in (
+        (128, 128), 3, 128)))  # fmt: skip
+    seed, layout = torch.empty(1, dtype=torch.int64), torch.empty(16, dtype=torch.bool)
+    return {
+        "bias": {"bias": torch.empty(1, 128, 128, 128, dtype=torch.bfloat16)},
+        "tables": {"bias": table, "bias_index": index, "bias2": table},
+        "rows": {"bias": torch.empty(2, 1, 1, 128), "weight": torch.empty(1, 128, 128, 1)},
+        "blocks": {"mask": [3, 0, 1, 4, 4, 32], "blocks": layout},
+        "sinks": {"softcap": 20.0, "sinks": torch.empty(128)},
+        "dropout": {"dropout": 0.1, "low": -0.03, "seed": seed},
+        "packed": {"cu_q": ends, "cu_k": ends, "heads": heads},
+    }
 
 
 def normalise(norm, D, kind, given) -> None:
@@ -76,6 +108,8 @@ def calls(attention, norm) -> Iterator[tuple[str, tuple[str, ...], Callable[[], 
     yield "few 128", ("sm_80", "sm_90"), lambda: attend(attention, half, 128, N=32)
     yield "grouped 128", ("sm_90",), lambda: attend(attention, half, 128, Hk=32, N=1024)
     yield "padded 40", ("sm_90",), lambda: attend(attention, half, 40, dlse=False)
+    for label, given in features().items():
+        yield f"{label} 128", every, lambda given=given: attend(attention, half, 128, **given)
     everything = "residual bias weight beta"
     for D, kind, given in (
         (768, 0, everything),
@@ -104,15 +138,15 @@ def compile_all(say: Callable[[dict], None]) -> None:
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         tile = {n: options[n] for n in ("num_warps", "num_stages") if n in options}
-        for size in (a for a in args if hasattr(a, "BN")):
-            tile |= {"BM": size.BM.value, "BN": size.BN.value}
+        for how in (a for a in args if hasattr(a, "size") and hasattr(a, "mask")):
+            tile |= {"BM": how.size.BM.value, "BN": how.size.BN.value}
         found.append((self.__name__, tile, kernel))
 
     JITFunction.run = compile_only
     for target, processor in targets.items():
         driver.set_active(Driver(processor))
         triton_launch.target.cache_clear()
-        for module in (attention, norm):
+        for module in (attention, attention.gradients, norm):
             for kernel in vars(module).values():
                 if isinstance(kernel, JITFunction):
                     kernel.device_caches.clear()
@@ -166,11 +200,17 @@ def compiled() -> dict[tuple[str, str, str], dict]:
     """{(target, label, kernel): what came out}"""
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=1500
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=3000
     )
     assert done.returncode == 0, done.stderr
-    results = map(json.loads, done.stdout.splitlines())
-    return {(r["target"], r["label"], r["kernel"]): r for r in results}
+    results: dict[tuple[str, str, str], dict] = {}
+    for r in map(json.loads, done.stdout.splitlines()):
+        where = r["target"], r["label"], r["kernel"]
+        if (
+            where not in results or results[where]["spills"] < r["spills"]
+        ):  # the worst, if there are several
+            results[where] = r
+    return results
 
 
 def header(op: str) -> tuple[str, str]:
@@ -208,6 +248,20 @@ def test_attention_is_as_its_header_says(compiled, kernel, D):
     grouped = compiled["sm_90", "grouped 128", "attention_dkdv"]
     said = re.search(r"With grouped heads dkdv at 128 on sm_90 spills (\d+) bytes", text)[1]
     check([grouped["regs"], said], grouped, version)
+
+
+def test_attention_with_more_is_as_its_header_says(compiled):
+    text, version = header("attention")
+    kernels = [*KERNELS.values(), "attention_dterm"]
+    for label in features():
+        cells = re.search(rf"^ +{label} +((?:[-\d]+ +)*[-\d]+)$", text, re.MULTILINE)[1].split()
+        for (target, kernel), cell in zip(itertools.product(SHARED, kernels), cells, strict=True):
+            result = compiled.get((target, f"{label} 128", kernel))
+            if result is None or cell == "-":
+                assert result is None, (target, label, kernel)
+                assert cell == "-", (target, label, kernel)
+            elif result["triton"] == version:
+                assert result["spills"] == int(cell), (target, label, kernel)
 
 
 def test_norm_is_as_its_header_says(compiled):
@@ -261,6 +315,8 @@ def test_tiles_are_loaded_16_bytes_at_a_time(compiled):
         wide = sum(n for w, n in loads.items() if w.endswith((".128", "_load_dwordx4")))
         narrow = sum(loads.values()) - wide
         assert wide, where
+        if where[1].removesuffix(" 128") in features():
+            continue  # what comes beside q, k and v lies as it likes
         assert not narrow or not where[2].endswith("_fwd"), (where, loads)
         assert narrow < wide or where[1].startswith("norm"), (where, loads)
 

@@ -19,7 +19,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastattn.masks import Band, Causal, Full, Window, materialize
+from fastattn.masks import (
+    KINDS,
+    WIDTH,
+    Band,
+    Causal,
+    Dilated,
+    Full,
+    Prefix,
+    Window,
+    materialize,
+)
 from fastattn.op import OPS, Backend, Case, Op
 from fastattn.testing import Failure, prove, prove_reference, why_not
 
@@ -57,8 +67,14 @@ def random_attention(rng: random.Random) -> Case:
             Causal(),
             Causal("top-left"),
             Window(rng.choice(widths), rng.choice(widths)),
+            Window(rng.choice(widths), rng.choice(widths)),
+            Causal() | Prefix(rng.randrange(100)),
+            Dilated(rng.randrange(20, 60), rng.randrange(1, 6)) | Full(),
         ]
         return rng.choice(kinds) & rng.choice(kinds) if rng.random() < 0.3 else rng.choice(kinds)
+
+    def now_and_then(*values):
+        return rng.choice(values) if rng.random() < 0.25 else None
 
     def length(least):
         return rng.choice(
@@ -72,6 +88,9 @@ def random_attention(rng: random.Random) -> Case:
         Dv=rng.choice([None, None, rng.randrange(1, 257)]), mask=mask(),
         scale=rng.choice([None, None, None, 0.1, -0.05]),
         layout=rng.choice([None, None, "transposed", "sliced", "broadcast", "last-axis"]),
+        bias=now_and_then("BHNM", "1HNM", "B1NM", "toeplitz", "relative", "key", "1H1M"),
+        weight=now_and_then("1HNM", "toeplitz"), softcap=now_and_then(2.0, 30.0), sinks=now_and_then(True),
+        **now_and_then({"dropout": 0.2, "seed": rng.randrange(1 << 62)}) or {},
     )  # fmt: skip
 
 
@@ -138,7 +157,7 @@ class Wrong:
     def _write(tensors, found, change, known) -> None:
         found |= change(known, found)
         for tensor, value in zip(tensors, found.values()):
-            if value is not UNWRITTEN:
+            if value is not UNWRITTEN and value.shape == tensor.shape:  # what was left out has none
                 tensor.copy_(value)
 
 
@@ -157,24 +176,62 @@ def of_inputs(change):
     )
 
 
+def nodes(code):
+    """The formula of a mask, node by node."""
+    return [tuple(code[at : at + WIDTH]) for at in range(0, len(code), WIDTH)]
+
+
 def band(change):
-    """Another mask; ``change`` maps (left, right, left_top, right_top)."""
-    return lambda known: {"mask": Band(*change(*known["mask"][1:])).encode()}
+    """Other bands; ``change`` maps (left, right, left_top, right_top)."""
+
+    def bands(known):
+        code = []
+        for kind, *p in nodes(known["mask"]):
+            code += Band(*change(*p[:4])).encode() if KINDS[kind] == "band" else (kind, *p)
+        return {"mask": code}
+
+    return bands
+
+
+def number(name, change):
+    at = ("scale", "softcap", "low", "high", "dropout").index(name)
+    return lambda known: {
+        "numbers": tuple(change(x) if i == at else x for i, x in enumerate(known["numbers"]))
+    }
+
+
+def without(*names):
+    return lambda known: dict.fromkeys(names)
+
+
+def or_for_and(known):
+    code = []
+    for kind, *p in nodes(known["mask"]):
+        code += (KINDS.index("or") if KINDS[kind] == "and" else kind, *p)
+    return {"mask": code}
 
 
 def without_last_tile(known):
-    """The keys past the last whole tile of 32."""
+    """The keys past the last whole tile of 32, of a call that says nothing about single keys."""
     Nk = known["k"].shape[2]
     kept = Nk // 32 * 32 or Nk
-    left, right, left_top, right_top = known["mask"][1:]  # still counted from the end of all keys
+    if len(known["mask"]) > WIDTH or known["mask"][0] or known["bias"] is not None:
+        return {}
+    left, right, left_top, right_top = known["mask"][1:5]  # still counted from the end of all keys
     code = Band(left - (Nk - kept), right + (Nk - kept), left_top, right_top).encode()
-    return {"k": known["k"][:, :, :kept], "v": known["v"][:, :, :kept], "mask": code}
+    return {
+        "k": known["k"][:, :, :kept],
+        "v": known["v"][:, :, :kept],
+        "mask": code,
+        "weight": None,
+        "visible": None,
+    }
 
 
 def heads_by_remainder(known):
     """Query head h reads key head h % Hk."""
     order = [h % known["k"].shape[1] for h in range(known["q"].shape[1])]
-    return {name: known[name][:, order] for name in "kv"}
+    return {name: known[name][:, order] for name in "kv"} | {"heads": None}
 
 
 def dense(known):
@@ -189,18 +246,30 @@ def dense(known):
 
 
 def logits(known):
-    """Masked logits in float32, and the values that go with them."""
+    """Masked logits in float32, and the values that go with them, of a call that is plain."""
     q, k, v = (known[name].float() for name in "qkv")
     k, v = (t.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1) for t in (k, v))
-    visible = materialize(known["mask"], q.shape[2], k.shape[2])
-    return (known["scale"] * (q @ k.mT)).masked_fill(~visible, float("-inf")), v
+    visible = materialize(
+        known["mask"], q.shape[2], k.shape[2], None, known["blocks"], known["visible"]
+    )
+    return (known["numbers"][0] * (q @ k.mT)).masked_fill(~visible, float("-inf")), v
+
+
+def is_plain(known):
+    return (
+        all(known[name] is None for name in ("bias", "weight", "sinks", "heads"))
+        and known["numbers"][1:] == PLAIN
+    )
+
+
+PLAIN = (0.0, 0.0, 1.0, 0.0)
 
 
 def rescale_forgotten(known, found):
     """Two tiles of keys; the second is added to the first without exp(m_old - m_new)."""
-    s, v = logits(known)
-    if s.shape[-1] < 2:
+    if known["k"].shape[2] < 2 or not is_plain(known):
         return {}
+    s, v = logits(known)
     first, second = s.tensor_split(2, -1)
     m = first.amax(-1, keepdim=True).clamp(min=-1e30)
     p = torch.cat(
@@ -211,6 +280,8 @@ def rescale_forgotten(known, found):
 
 def coarse_weights(known, found):
     """Softmax weights rounded to bfloat16 whatever the dtype."""
+    if not is_plain(known):
+        return {}
     s, v = logits(known)
     return {"o": (s - found["lse"][..., None]).exp().nan_to_num().bfloat16().float() @ v}
 
@@ -296,7 +367,7 @@ WRONG = {  # one line, one way to be wrong
         last_tile_dropped=Wrong("attention", outputs=of_inputs(without_last_tile)),
         heads_by_remainder=Wrong("attention", outputs=of_inputs(heads_by_remainder)),
         strides_ignored=Wrong("attention", inputs=dense),
-        scale_off_by_a_thousandth=Wrong("attention", inputs=lambda known: {"scale": known["scale"] * 1.001}),
+        scale_off_by_a_thousandth=Wrong("attention", inputs=number("scale", lambda x: x * 1.001)),
         rescale_forgotten=Wrong("attention", outputs=rescale_forgotten),
         weights_in_bfloat16=Wrong("attention", outputs=coarse_weights),
         empty_rows_are_nan=Wrong("attention", outputs=lambda known, found: {
@@ -310,12 +381,35 @@ WRONG = {  # one line, one way to be wrong
         o_differs_from_run_to_run=Wrong("attention", outputs=noise),
         dlse_ignored=Wrong("attention", gradients=lambda known, found: differentiate(
             OPS["attention"], known | {"dlse": None})),
-        dk_without_scale=Wrong("attention", gradients=lambda known, found: {"dk": found["dk"] / known["scale"]}),
+        dk_without_scale=Wrong("attention", gradients=lambda known, found: {"dk": found["dk"] / known["numbers"][0]}),
         dq_leaks=Wrong("attention", gradients=leak("dq")),
         dv_of_first_tile=Wrong("attention", gradients=first("dv", 32)),
         gradients_are_zero=Wrong("attention", gradients=zeros),
         gradients_are_stale=Wrong("attention", gradients=unwritten),
         gradients_differ_from_run_to_run=Wrong("attention", gradients=noise),
+        or_for_and=Wrong("attention", inputs=or_for_and),
+        bool_mask_forgotten=Wrong("attention", inputs=lambda known: {
+            "visible": None if known["visible"] is None else torch.ones_like(known["visible"])}),
+        blocks_of_first_head=Wrong("attention", inputs=lambda known: {
+            "blocks": None if known["blocks"] is None else known["blocks"].roll(1)}),
+        bias_forgotten=Wrong("attention", inputs=without("bias", "bias_index")),
+        second_bias_forgotten=Wrong("attention", inputs=without("bias2", "bias2_index")),
+        bias_of_first_head=Wrong("attention", inputs=lambda known: {
+            "bias": None if known["bias"] is None else known["bias"][:, :1] if known["bias"].dim() == 4 else known["bias"][:1]}),
+        softcap_forgotten=Wrong("attention", inputs=number("softcap", lambda x: 0.0)),
+        sinks_forgotten=Wrong("attention", inputs=without("sinks")),
+        clip_forgotten=Wrong("attention", inputs=number("low", lambda x: 0.0)),
+        weight_forgotten=Wrong("attention", inputs=without("weight", "weight_index")),
+        head_map_forgotten=Wrong("attention", inputs=lambda known: {
+            "heads": None if known["heads"] is None else torch.zeros_like(known["heads"])}),
+        dropout_of_another_seed=Wrong("attention", inputs=lambda known: {
+            "seed": None if known["seed"] is None else known["seed"] + 1}),
+        dropout_of_less=Wrong("attention", inputs=number("dropout", lambda x: x * 0.9)),
+        dbias_halved=Wrong("attention", gradients=times("dbias", 0.5)),
+        dbias_leaks=Wrong("attention", gradients=leak("dbias")),
+        dweight_halved=Wrong("attention", gradients=times("dweight", 0.5)),
+        dsinks_without_lse=Wrong("attention", gradients=lambda known, found: {"dsinks": differentiate(
+            OPS["attention"], known | {"dlse": None})["dsinks"]}),
     ),
     "add_norm": SimpleNamespace(
         off_by_one=Wrong("add_norm", outputs=statistics(unbiased)),

@@ -120,12 +120,41 @@ def test_attention_refuses_tensors(what, named):
 
 
 OPTIONS = {
-    "bool mask": ({"mask": torch.ones(4, 4, dtype=torch.bool)},
-                  "attention: mask is Tensor; it takes a value of fastattn.masks or None"),
-    "float mask": ({"mask": torch.zeros(4, 4)}, "attention: mask is Tensor; it takes a value of fastattn.masks or None"),
-    "mask class": ({"mask": Causal}, "attention: mask is type; it takes a value of fastattn.masks or None"),
-    "mask name": ({"mask": "causal"}, "attention: mask is str; it takes a value of fastattn.masks or None"),
-    "mask of ints": ({"mask": Full().encode()}, "attention: mask is list; it takes a value of fastattn.masks or None"),
+    "bool mask": ({"mask": torch.ones(4, 5, dtype=torch.bool)},
+                  "attention: mask is [4, 5]; it must broadcast to [B, Hq, Nq, Nk] = [1, 1, 4, 4]"),
+    "long mask": ({"mask": torch.ones(1, 1, 1, 4, 4, dtype=torch.bool)},
+                  "attention: mask is [1, 1, 1, 4, 4]; it must broadcast to [B, Hq, Nq, Nk] = [1, 1, 4, 4]"),
+    "float mask": ({"mask": torch.zeros(4, 4)},
+                   "attention: mask is a tensor of float32; it takes a value of fastattn.masks, a bool tensor or None"
+                   " (floats are biases: bias=)"),
+    "bias name": ({"bias": "alibi"},
+                  "attention: bias is str; it takes a float tensor, Toeplitz or Relative, ALiBi, KeyBias, or a list of them"),
+    "bias of bools": ({"bias": torch.ones(4, 4, dtype=torch.bool)},
+                      "attention: bias is bool [4, 4]; it takes a float tensor, Toeplitz or Relative, ALiBi, KeyBias,"
+                      " or a list of them"),
+    "bias shape": ({"bias": torch.ones(4, 3)},
+                   "attention: bias is [1, 1, 4, 3]; each axis of [B, Hq, Nq, Nk] = [1, 1, 4, 4] may also be 1"),
+    "slopes": ({"bias": fa.bias.ALiBi(torch.ones(3))},
+               "attention: bias.slopes is [3]; each axis of [Hq] = [1] may also be 1"),
+    "short table": ({"bias": fa.bias.Toeplitz(torch.ones(1, 5))},
+                    "attention: bias.table has 5 columns, for lengths up to 3; Nq is 4 and Nk is 4"),
+    "index shape": ({"bias": fa.bias.Relative(torch.ones(3, 1), torch.zeros(4, 3, dtype=torch.int32))},
+                    "attention: bias.index is [4, 3]; it takes [Nq, Nk] = [4, 4]"),
+    "index range": ({"bias": fa.bias.Relative(torch.ones(3, 1), torch.full((4, 4), 3))},
+                    "attention: bias.index holds 3; it takes 0 to 2, rows of the table"),
+    "weight": ({"weight": fa.bias.KeyBias(torch.ones(1, 1, 4))},
+               "attention: weight is KeyBias; it takes a float tensor, Toeplitz or Relative"),
+    "softcap": ({"softcap": 0}, "attention: softcap is 0.0; it takes a number > 0, or None"),
+    "sinks": ({"sinks": torch.ones(2)}, "attention: sinks is [2]; it takes a float tensor [Hq] = [1]"),
+    "clip": ({"clip": (0.1, 1)}, "attention: clip is (0.1, 1.0); it takes gamma <= 0 < zeta, or hidden pairs would weigh"),
+    "clip pair": ({"clip": 0.1}, "attention: clip is 0.1; it takes (gamma, zeta)"),
+    "head map": ({"head_map": torch.tensor([1])}, "attention: head_map holds 1; it takes 0 to 0, key heads"),
+    "head map shape": ({"head_map": [0]}, "attention: head_map is list; it takes integers [Hq] = [1]"),
+    "dropout": ({"dropout": 1.0}, "attention: dropout is 1.0; it takes 0 <= dropout < 1"),
+    "seed": ({"dropout": 0.5, "seed": "x"}, "attention: seed is 'x'; it takes an integer, a tensor with one, or None"),
+    "mask class": ({"mask": Causal}, "attention: mask is type; it takes a value of fastattn.masks, a bool tensor or None"),
+    "mask name": ({"mask": "causal"}, "attention: mask is str; it takes a value of fastattn.masks, a bool tensor or None"),
+    "mask of ints": ({"mask": Full().encode()}, "attention: mask is list; it takes a value of fastattn.masks, a bool tensor or None"),
     "scale": ({"scale": "small"}, "attention: scale is 'small'; it takes a number"),
     "scale tensor": ({"scale": torch.tensor(0.5, requires_grad=True)},
                      "attention: scale is Tensor; it takes a number"),
@@ -621,4 +650,6 @@ def backend_names(best_cpu):
 )  # fmt: skip
 def test_kernels_check_shapes_because_torch_ops_does_not(best_cpu, q, k, v, mask, says):
     with pytest.raises(ValueError, match=says):
-        torch.ops.fastattn.attention_fwd(q, k, v, mask, 1.0, backend=best_cpu)
+        torch.ops.fastattn.attention_fwd(
+            q, k, v, *[None] * 13, mask, [1.0, 0.0, 0.0, 1.0, 0.0], backend=best_cpu
+        )

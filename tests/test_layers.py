@@ -1,4 +1,7 @@
-"""Who may import or include what; how long files may be; what importing the package loads."""
+"""Who may import or include what; how long files may be; what importing the package loads.
+
+One file because the rules of one tree are read together.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,10 @@ STANDARD = r"<[a-z_]+>|<(?:cstd)?[a-z]+>"
 # The first pattern that matches a file says what it may include.  {op} is the kernel's own folder.
 MAY_INCLUDE = (
     (r"csrc/core/.*", (STANDARD, r'"csrc/core/.*"')),
-    (r"csrc/cpu/parallel\.h", (STANDARD, r"<omp\.h>", r"<pthread\.h>", r'"csrc/core/.*"')),
+    (
+        r"csrc/cpu/parallel\.h",
+        (STANDARD, r"<omp\.h>", r"<pthread\.h>", r"<sys/mman\.h>", r'"csrc/core/.*"'),
+    ),
     (r"csrc/cpu/.*", (STANDARD, r"<immintrin\.h>", r'"csrc/(core|cpu)/.*"', "FASTATTN_CPU_FILE")),
     (r"csrc/cuda/.*", (STANDARD, r"<cuda.*>", r'"csrc/(core|cuda|emulate)/.*"')),
     (r"csrc/emulate/.*", (STANDARD, r'"csrc/(core|cuda|emulate)/.*"')),
@@ -64,7 +70,7 @@ MAY_INCLUDE = (
     (r"kernels/(?P<op>\w+)/op\.h", (STANDARD, r'"csrc/core/.*"')),
     (
         r"kernels/(?P<op>\w+)/cpu(_\w+)?\.(cc|h)",
-        (STANDARD, r'"kernels/{op}/(op|cpu)\.h"', r'"csrc/(core|cpu)/.*"'),
+        (STANDARD, r'"kernels/{op}/(op|cpu(_\w+)?)\.h"', r'"csrc/(core|cpu)/.*"'),
     ),
     (
         r"kernels/(?P<op>\w+)/cuda\w*\.cu",
@@ -148,17 +154,17 @@ def test_macros_are_few_and_named():
 # ---- Python: import -----------------------------------------------------------------------------------
 
 STDLIB = rf"({'|'.join(sorted(sys.stdlib_module_names))})(\..*)?"
-TORCH, OWN_TABLE = r"torch(\..*)?", r"fastattn\.(op|choice|masks|bias|rows|checks|testing)"
+TORCH, OWN_TABLE = r"torch(\..*)?", r"fastattn\.(op|choice|masks|bias|dropout|rows|checks|testing)"
 MAY_IMPORT = (
     (r"kernels/(?P<op>\w+)/reference\.py", (TORCH,)),
     (r"kernels/common/.*", (TORCH, r"triton(\..*)?", r"fastattn\.kernels\.common(\..*)?")),
     (
-        r"kernels/(?P<op>\w+)/triton\.py",
-        (TORCH, r"triton(\..*)?", r"fastattn\.kernels\.common(\..*)?"),
+        r"kernels/(?P<op>\w+)/triton(_\w+)?\.py",
+        (TORCH, r"triton(\..*)?", r"fastattn\.kernels\.(common|{op}\.triton_\w+)(\..*)?"),
     ),
     (
-        r"kernels/(?P<op>\w+)/api\.py",
-        (TORCH, OWN_TABLE, r"fastattn\.kernels\.{op}(\.reference.*)?"),
+        r"kernels/(?P<op>\w+)/(api|arguments|cases)\.py",
+        (TORCH, OWN_TABLE, r"fastattn\.kernels\.{op}(\.(reference|arguments|cases).*)?"),
     ),
     (r"kernels/__init__\.py", ()),
     (r"fastattn/__init__\.py", (r"fastattn(\.\w+)?", r"fastattn\.kernels\.\w+\.api\.\w+")),

@@ -353,6 +353,28 @@ def test_gradient_of_lse(backend):
     assert not dv.any()
 
 
+# ---- attention: what hides ----------------------------------------------------------------------------
+
+
+@of_attention
+def test_minus_infinity_in_a_bias_hides_as_a_mask_does(backend):
+    """Rows that see some keys, and rows that see none: the same numbers, and no gradient of what is hidden."""
+    q, k, v = qkv(backend)
+    seen = torch.rand(2, 1, NQ, NK).to(q) > 0.5
+    seen[:, :, 3:9] = False
+    bias = torch.randn(2, 1, NQ, NK).to(q)
+    hidden = bias.masked_fill(~seen, float("-inf"))
+    by_mask = attention(backend, q, k, v, bias=bias, mask=seen)
+    by_bias = attention(backend, q, k, v, bias=hidden)
+    for a, b in zip(by_bias, by_mask):
+        finite = b.isfinite()
+        same((a[~finite], b[~finite]))
+        near(a[finite], b[finite])
+    assert not by_bias[-1][~seen].any()
+    assert not by_bias[0][:, :, 3:9].any()
+    assert (by_bias[1][:, :, 3:9] == float("-inf")).all()
+
+
 # ---- add_norm -----------------------------------------------------------------------------------------
 
 of_norm = pytest.mark.op("add_norm")

@@ -6,6 +6,7 @@ One file because every test asks the same of the same small calls: what torch do
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 import shutil
@@ -71,6 +72,7 @@ def test_opcheck_backward(op, name):
     known = (
         op.save(known) | {n: v for n, v in known.items() if n.startswith("d")} if op.save else known
     )
+    known["needs"] = [True] * len(op.gradients)
     given = [known[n] for n in op.backward_arguments]
     torch.library.opcheck(
         op.op_backward, given, {"backend": name}, test_utils=("test_schema", "test_faketensor")
@@ -284,7 +286,7 @@ def test_vectorized_jacobian(op, name):
     jacobian = torch.autograd.functional.jacobian
     found = jacobian(function, call[first], vectorize=True)
     assert torch.equal(found, jacobian(function, call[first]))
-    with pytest.raises(RuntimeError, match=f"{op.name}: second .*; batched gradients take create"):
+    with pytest.raises(RuntimeError, match=f"{op.name}: batched gradients .* take create"):
         jacobian(function, call[first], vectorize=True, create_graph=True)
 
 
@@ -306,6 +308,7 @@ def test_an_output_changed_in_place_is_noticed(name):
         o.sum().backward()
 
 
+@pytest.mark.op("add_norm")
 def test_second_derivatives_are_refused(op, name):
     call = example(op)
     wanted = list(leaves(call).values())
@@ -314,6 +317,30 @@ def test_second_derivatives_are_refused(op, name):
     grads = torch.autograd.grad(out.square().sum(), wanted, create_graph=True)
     with pytest.raises(RuntimeError, match=f"{op.name}: second derivatives are not implemented"):
         torch.autograd.grad(sum(g.sum() for g in grads), wanted)
+
+
+def test_second_derivatives_of_attention(name):
+    """Through the formula: what autograd makes of the reference, and finite differences."""
+    make = functools.partial(torch.randn, dtype=torch.float64, requires_grad=True)
+    q, k, v = make(1, 2, 3, 4), make(1, 1, 5, 4), make(1, 1, 5, 2)
+    bias, slopes = make(1, 1, 3, 5), make(2)
+
+    def function(backend, q, k, v, bias, slopes):
+        given = {"bias": [bias, fa.bias.ALiBi(slopes)], "softcap": 3.0, "dropout": 0.2, "seed": 3}
+        return fa.attention(q, k, v, causal=True, backend=backend, **given)
+
+    inputs = (q, k, v, bias, slopes)
+    torch.autograd.gradgradcheck(functools.partial(function, "reference"), inputs)
+
+    def penalty(backend):
+        parts = [t.detach().float().requires_grad_() for t in inputs]
+        first = torch.autograd.grad(
+            function(backend, *parts).square().sum(), parts, create_graph=True
+        )
+        return torch.autograd.grad(sum(g.square().sum() for g in first), parts)
+
+    for ours, formula in zip(penalty(name), penalty("reference")):
+        torch.testing.assert_close(ours, formula, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own

@@ -7,6 +7,7 @@
 // ones for bind.h. A backend that drifts from the signature does not link.
 #pragma once
 
+#include <array>
 #include <optional>
 #include <span>
 #include <string_view>
@@ -16,6 +17,9 @@
 namespace fastattn {
 
 using Ints = std::span<const int64_t>;  // a short list, such as a mask's parameters
+using Floats = std::span<const double>;
+using Bools = std::span<const bool>;
+using Maybe = std::optional<Tensor>;
 
 struct Stream {  // where a CUDA kernel is queued: a cudaStream_t
   void* handle;

@@ -14,6 +14,7 @@
 #endif
 #ifdef __unix__
 #include <pthread.h>
+#include <sys/mman.h>
 #endif
 
 namespace fastattn::cpu {
@@ -96,6 +97,16 @@ inline void* scratch(size_t bytes) {
   }
   if (poison.load(std::memory_order_relaxed)) std::memset(own.data, 0xff, own.bytes);
   return own.data;
+}
+
+// A large output that is about to be written for the first time: in pages of 2 MB it takes 500 times fewer faults.
+inline void expect_writes([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page,
+                  end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 }  // namespace fastattn::cpu

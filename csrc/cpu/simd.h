@@ -12,6 +12,28 @@ typedef int32_t vi __attribute__((vector_size(FASTATTN_SIMD_WIDTH)));
 typedef uint32_t vu __attribute__((vector_size(FASTATTN_SIMD_WIDTH)));
 typedef uint16_t vh __attribute__((vector_size(FASTATTN_SIMD_WIDTH / 2)));
 
+// The high and low words of a * b.
+FASTATTN_INLINE void multiply(vu a, uint32_t b, vu& high, vu& low) {
+#if FASTATTN_SIMD_WIDTH == 64
+  const __m512i by = _mm512_set1_epi32(static_cast<int>(b)),
+                even = _mm512_mul_epu32((__m512i)a, by),
+                odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), by);
+  high = (vu)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+  low = (vu)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+#elif FASTATTN_SIMD_WIDTH == 32
+  const __m256i by = _mm256_set1_epi32(static_cast<int>(b)),
+                even = _mm256_mul_epu32((__m256i)a, by),
+                odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), by);
+  high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+  low = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+#else
+  for (int lane = 0; lane < W; ++lane) {
+    const uint64_t product = static_cast<uint64_t>(a[lane]) * b;
+    high[lane] = static_cast<uint32_t>(product >> 32), low[lane] = static_cast<uint32_t>(product);
+  }
+#endif
+}
+
 template <class V, class P>
 FASTATTN_INLINE V load_as(const P* p) {
   V v;
@@ -211,6 +233,18 @@ FASTATTN_INLINE vf ln(vf x) {
   const vf power = __builtin_convertvector(e, vf);
   return power * 0.693359375f + (power * -2.12194440e-4f + (series + 2.0f * s)) +
          (x - x);  // NaN for NaN and infinity
+}
+
+// tanh x, to 3e-7 of its size: a minimax polynomial of the relative error where 1 - tanh would cancel.
+FASTATTN_INLINE vf tanh(vf x) {
+  const vf away = (vf)((vi)x & 0x7fffffff), z = x * x;
+  vf y = z * -0x1.95001cp-8f + 0x1.582fb0p-6f;
+  y = y * z + -0x1.b90946p-5f;
+  y = y * z + 0x1.110c72p-3f;
+  y = y * z + -0x1.555548p-2f;
+  const vf near = x + x * z * y;
+  const vf t = exp2<6>(away * -2.8853900817779268f), far = (1.0f - t) / (1.0f + t);
+  return select(away < 0.5625f, near, (vf)((vi)far | ((vi)x & splat(INT32_MIN))));
 }
 
 // Transpose W vectors of W lanes in place: at distance H, swap the lanes and rows that differ in bit H.

@@ -9,10 +9,10 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #include "csrc/core/declare.h"
 #include "csrc/python/caster.h"
@@ -23,6 +23,20 @@ namespace fastattn::python {
 
 template <class T>
 struct Argument;
+
+// How many of Python's arguments a type takes: several stand for an array of optional tensors.
+template <class T>
+inline constexpr size_t kArity = 1;
+template <size_t N>
+inline constexpr size_t kArity<std::array<Maybe, N>> = N;
+
+template <class T>
+void read_argument(Argument<T>& argument, size_t at, PyObject* const* args) {
+  if constexpr (kArity<T> == 1)
+    argument.read(Where{static_cast<int>(at) + 1, Device::cpu}, args[at]);
+  else
+    argument.read(static_cast<int>(at) + 1, args + at);
+}
 
 template <>
 struct Argument<Tensor> {
@@ -37,6 +51,18 @@ struct Argument<std::optional<Tensor>> {
   py::object keep;
   void read(const Where& at, PyObject* object) {
     if (object != Py_None) value = read_tensor(at, object, keep);
+  }
+};
+
+template <size_t N>
+struct Argument<std::array<Maybe, N>> {
+  std::array<Maybe, N> value;
+  py::object keep[N];
+  void read(int first, PyObject* const* objects) {
+    for (size_t i = 0; i < N; ++i)
+      if (objects[i] != Py_None)
+        value[i] =
+            read_tensor(Where{first + static_cast<int>(i), Device::cpu}, objects[i], keep[i]);
   }
 };
 
@@ -91,18 +117,23 @@ struct Argument<std::string_view> {
   }
 };
 
-template <>
-struct Argument<Ints> {
-  Ints value;
-  std::vector<int64_t> own;
+// A list or tuple of what Argument<T> reads.
+template <class T>
+struct Argument<std::span<const T>> {
+  std::span<const T> value;
+  std::unique_ptr<T[]> own;
   void read(const Where& at, PyObject* object) {
     if (!PyList_Check(object) && !PyTuple_Check(object)) {
-      refuse_type(at, " must be a list of int, got ", Py_TYPE(object)->tp_name);
+      refuse_type(at, " must be a list, got ", Py_TYPE(object)->tp_name);
     }
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); ++i) {
-      own.push_back(read_int(at, PySequence_Fast_GET_ITEM(object, i)));
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(object);
+    own = std::make_unique<T[]>(size);
+    for (Py_ssize_t i = 0; i < size; ++i) {
+      Argument<T> element;
+      element.read(at, PySequence_Fast_GET_ITEM(object, i));
+      own[i] = element.value;
     }
-    value = own;
+    value = {own.get(), static_cast<size_t>(size)};
   }
 };
 
@@ -141,9 +172,11 @@ struct Bound {
 
   template <size_t... i>
   PyObject* run(PyObject* const* args, Py_ssize_t given, std::index_sequence<i...>) const {
-    if (given != sizeof...(P)) refuse_type("it takes ", sizeof...(P), " arguments, got ", given);
+    constexpr size_t takes = (kArity<P> + ...);
+    if (given != takes) refuse_type("it takes ", takes, " arguments, got ", given);
     std::tuple<Argument<P>...> read;
-    (std::get<i>(read).read(Where{i + 1, Device::cpu}, args[i]), ...);
+    size_t at = 0;
+    ((read_argument<P>(std::get<i>(read), at, args), at += kArity<P>), ...);
     {
       const WithoutGil released;
       kernel(std::get<i>(read).value...);

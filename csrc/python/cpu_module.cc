@@ -34,22 +34,28 @@ bool runs(std::string_view isa) {
   return isa == "scalar";
 }
 
-std::vector<std::vector<bool>> mask_visible(const std::vector<int64_t>& code, int num_q,
-                                            int num_k) {
-  const Mask mask = make_mask(code, num_q, num_k);
-  std::vector<std::vector<bool>> rows(num_q, std::vector<bool>(num_k));
-  for (int i = 0; i < num_q; ++i)
-    for (int j = 0; j < num_k; ++j)
-      rows[i][j] = std::visit([&](const auto& m) { return m.visible(i, j); }, mask);
-  return rows;
-}
+// A mask as C++ sees it, for tests; layouts are the bools of its blocks.
+struct SeenMask {
+  std::vector<int64_t> code;
+  std::unique_ptr<bool[]> blocks;
+  Formula formula;
 
-std::pair<int64_t, int64_t> mask_keys(const std::vector<int64_t>& code, int num_q, int num_k,
-                                      int64_t i0, int64_t i1) {
-  const Range keys =
-      std::visit([&](const auto& m) { return m.keys(i0, i1); }, make_mask(code, num_q, num_k));
-  return {keys.begin, keys.end};
-}
+  SeenMask(std::vector<int64_t> code, const std::vector<bool>& layouts, int num_q, int num_k, int h)
+      : code(std::move(code)),
+        blocks(std::make_unique<bool[]>(layouts.size())),
+        formula(this->code, num_q, num_k,
+                {.blocks = blocks.get(), .num_blocks = std::ssize(layouts)}, 0, h) {
+    std::copy(layouts.begin(), layouts.end(), blocks.get());
+  }
+  bool visible(int i, int j) const { return formula.visible(i, j); }
+  int seen(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
+    return static_cast<int>(formula.seen(i0, i1, j0, j1));
+  }
+  std::pair<int64_t, int64_t> keys(int64_t i0, int64_t i1) const {
+    const Range keys = formula.keys(i0, i1);
+    return {keys.begin, keys.end};
+  }
+};
 
 }  // namespace fastattn::python
 
@@ -75,10 +81,11 @@ PYBIND11_MODULE(_cpu, m) {
       "set_poison", [](bool on) { cpu::poison = on; },
       "Fill scratch memory with NaN each time it is taken.");
   m.def("num_threads", &cpu::num_threads);
-  m.def("mask_visible", &mask_visible,
-        "The dense mask as C++ sees it, for tests: list of rows of bool.");
-  m.def("mask_keys", &mask_keys,
-        "(begin, end) of the keys that queries [i0, i1) may see, for tests.");
+  py::class_<SeenMask>(m, "SeenMask", "A mask as C++ sees it, for tests.")
+      .def(py::init<std::vector<int64_t>, std::vector<bool>, int, int, int>())
+      .def("visible", &SeenMask::visible)
+      .def("seen", &SeenMask::seen)
+      .def("keys", &SeenMask::keys);
   cpu::is_forked();  // from here on, forks are noticed
 
   bind<cpu::add_norm_fwd>(m, "add_norm_fwd");

@@ -1,89 +1,155 @@
-"""fastattn.attention: the public function and the descriptor of dense softmax attention."""
+"""fastattn.attention: the public function and the descriptor of dense softmax attention.
+
+One file because the function, what it makes of its arguments and the cases that prove it name the same things.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from fastattn.bias import expand
 from fastattn.checks import Axes, number, unit_stride
 from fastattn.choice import PROCESS
+from fastattn.dropout import keep
 from fastattn.kernels.attention import reference as formula
-from fastattn.masks import UNBOUNDED, Causal, Full, Mask, Window, materialize, pairs
-from fastattn.op import Case, Cost, Op, at_most, autocast, cpu, reference, takes, triton
+from fastattn.kernels.attention.arguments import mask_code, optional_arguments, sequence_ends
+from fastattn.kernels.attention.cases import BENCH, CASES, cost, make, peers
+from fastattn.masks import UNBOUNDED, Mask, materialize
+from fastattn.op import Op, at_most, autocast, cpu, reference, takes, triton
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-FULL = Full().encode()
-CAUSAL = Causal().encode()
 MAX_HEAD_DIM = 256
 AXES = Axes("attention", q="B Hq Nq D", k="B Hk Nk D", v="B Hk Nk Dv")
+SCORED = Axes("attention_importance", q="B Hq Nq D", k="B Hk Nk D")
+COLUMNS = Axes("column_attention", q="B H Nq D", k="B H Nk D", v="B H Nk Dv")
+PACKED = Axes("attention_varlen", q="Tq Hq D", k="Tk Hk D", v="Tk Hk Dv")
 
-
-def _fake(q, k, v, mask, scale):
-    B, Hq, Nq, _ = q.shape
-    o = q.new_empty(B, Hq, Nq, v.shape[3])
-    if q.dtype is F32:
-        return o, q.new_empty(B, Hq, Nq)
-    return o, q.new_empty(B, Hq, Nq, dtype=F64 if q.dtype is F64 else F32)
-
-
-def _fake_backward(do, dlse, q, k, v, o, lse, mask, scale):
-    return q.new_empty(*q.shape), k.new_empty(*k.shape), v.new_empty(*v.shape)
-
-
-def _workspace(do, dlse, q, k, v, o, lse, mask, scale):
-    """For each head delta_i = do_i . o_i, dq by tiles of queries, and whose turn it is to add to a tile."""
-    B, Hq, Nq, D = q.shape
-    return [lse.new_empty(B, Hq, ((Nq + 64) * D + Nq + Nq // 8 + 16) // 16 * 16)]
-
-
-def _make(case: Case, randn: Any) -> dict[str, Any]:
-    D, Hk = case.D, case.Hk or case.Hq
-    call = {
-        "q": randn(case.B, case.Hq, case.Nq, D),
-        "k": randn(case.B, Hk, case.Nk, D),
-        "v": randn(case.B, Hk, case.Nk, case.Dv or D),
-    }
-    return call | {
-        key: getattr(case, key) for key in ("mask", "scale") if getattr(case, key) is not None
-    }
-
-
-def _cost(case: Case, size: int) -> Cost:
-    """Two products of 2 D flops a pair forward, five backward; every tensor once through memory."""
-    D, Dv, Hk = case.D, case.Dv or case.D, case.Hk or case.Hq
-    work = 2 * case.B * case.Hq * pairs(case.mask or Full(), case.Nq, case.Nk)
-    queries = case.B * case.Hq * case.Nq * (D + Dv) * size
-    keys = case.B * Hk * case.Nk * (D + Dv) * size
-    return Cost(work * (D + Dv), work * (3 * D + 2 * Dv), queries + keys, 2 * (queries + keys))
-
-
-def _peers(q, k, v, mask=None, scale=None):
-    """PyTorch's own: its causal flag where that means the same, else its dense bool mask."""
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    if mask == Causal() and q.shape[2] == k.shape[2]:
-        return {"torch sdpa": lambda q, k, v: sdpa(q, k, v, is_causal=True, **options)}
-    if mask not in (None, Full()):
-        options["attn_mask"] = mask.materialize(q.shape[2], k.shape[2], q.device)
-    return {"torch sdpa": lambda q, k, v: sdpa(q, k, v, **options)}
-
-
-_MASKS = (
-    None,
-    Causal(),
-    Causal("top-left"),
-    Window(7, 0),
-    Window(3, 5),
-    Causal("top-left") & Window(20, 2),
+# The arguments of the op between v and the mask; each may be absent.
+#   bias, bias2, weight   values [B|1, Hq|1, Nq|1, Nk|1]; or [Hq|1, 2 L - 1] by offset; or [Hq|1, T] by index [Nq, Nk]
+#   visible, blocks       the bool tensor [B|1, Hq|1, Nq|1, Nk|1] and the block layouts that the mask's formula names
+#   heads                 int32 [Hq], the key head of each query head
+#   cu_q, cu_k            int32: sequences end to end; then B = 1, and the biases' B counts sequences
+#   seed                  int64 [1], of dropout
+# The result `rest` is what rounding took from lse, for the backward pass alone.
+EXTRAS = (
+    "Tensor? bias, Tensor? bias_index, Tensor? bias2, Tensor? bias2_index, Tensor? weight, Tensor? weight_index,"
+    " Tensor? sinks, Tensor? visible, Tensor? blocks, Tensor? heads, Tensor? cu_q, Tensor? cu_k, Tensor? seed"
 )
-_LENGTHS = ((1, 1), (33, 33), (5, 40), (40, 5), (65, 131), (130, 67), (0, 3), (3, 0))
+NO_EXTRAS = (None,) * (EXTRAS.count(",") + 1)
+CU_Q = EXTRAS.split(",").index(" Tensor? cu_q")
+# numbers: scale, softcap or 0, clip[0] and clip[1] (0 and 1 where nothing is clipped), dropout
+PLAIN = (0.0, 0.0, 1.0, 0.0)
+
+
+def _fake(q, k, v, *more):
+    B, Hq, Nq, _ = q.shape
+    if more[CU_Q] is None:
+        o = q.new_empty(B, Hq, Nq, v.shape[3])
+    else:  # as users of packed sequences lay them out, [Nq, Hq, Dv]
+        o = q.new_empty(B, Nq, Hq, v.shape[3]).transpose(1, 2)
+    wide = F64 if q.dtype is F64 else F32
+    return o, q.new_empty(B, Hq, Nq, dtype=wide), q.new_empty(B, Hq, Nq, dtype=wide)
+
+
+def _fake_backward(
+    do, dlse, q, k, v,
+    bias, bias_index, bias2, bias2_index, weight, weight_index, sinks, visible, blocks, heads, cu_q, cu_k, seed,
+    o, lse, rest, mask, numbers, needs,
+):  # fmt: skip
+    return [
+        t.new_empty(*t.shape) if i < 3 or (t is not None and needs[i]) else q.new_empty(0)
+        for i, t in enumerate((q, k, v, bias, bias2, weight, sinks))
+    ]
+
+
+def _workspace(
+    do, dlse, q, k, v, bias, bias_index, bias2, bias2_index, weight, weight_index, *more
+):
+    """For each head delta_i = do_i . o_i, dq by tiles of queries, and whose turn it is to add to a tile.
+
+    For each gradient of a bias or weight, what it is summed in and whose turn that is: csrc/cpu/terms.h.
+    """
+    cu_q, lse, needs = more[4], more[8], more[12]
+    B, Hq, Nq, D = q.shape
+    num = 1 if cu_q is None else cu_q.shape[0] - 1
+    rows = Nq + 64 * num
+    work = [lse.new_empty(B, Hq, (rows * D + rows + rows // 8 + 16 * num + 16) // 16 * 16)]
+    for needed, values, index in zip(
+        needs[3:6], (bias, bias2, weight), (bias_index, bias2_index, weight_index)
+    ):
+        floats = _sums(values, index, B * num, Hq) if needed and values is not None else 0
+        work.append(lse.new_empty(floats))
+    return work
+
+
+def _sums(values, index, B, Hq):
+    """Floats that a gradient of ``values`` is summed in: its own size where pairs are kept, else a row a head."""
+    if index is None and values.dim() == 4 and values.shape[2] > 1 and values.shape[3] > 1:
+        tiles = (values.shape[2] // 48 + 1) * (values.shape[3] // 128 + 1)
+        return values.numel() + values.shape[0] * values.shape[1] * tiles
+    return B * Hq * (values[0].numel() if values.dim() == 2 else max(values.shape[2:])) + B * Hq
+
+
+def _reference(
+    q, k, v,
+    bias, bias_index, bias2, bias2_index, weight, weight_index, sinks, visible, blocks, heads, cu_q, cu_k, seed,
+    mask, numbers,
+):  # fmt: skip
+    scale, softcap, low, high, dropout = numbers
+    B, Hq = q.shape[:2]
+    parts = []
+    for b, (q_, k_, v_) in _sequences(q, k, v, cu_q, cu_k):
+        Nq, Nk = q_.shape[2], k_.shape[2]
+
+        def pairwise(values, index, b=b, Nq=Nq, Nk=Nk):
+            if values is None:
+                return None
+            dense = (
+                expand(values, index, Nq, Nk)
+                if index is None
+                else expand(values, index[:Nq, :Nk], Nq, Nk)
+            )
+            dense = dense[b : b + 1] if cu_q is not None and dense.shape[0] > 1 else dense
+            return dense[:, :, :Nq, :Nk]
+
+        parts.append(
+            formula.forward(
+                q_, k_, v_,
+                materialize(mask, Nq, Nk, q.device, blocks, pairwise(visible, None)),
+                scale,
+                bias=[pairwise(t, i) for t, i in ((bias, bias_index), (bias2, bias2_index)) if t is not None],
+                softcap=softcap,
+                sinks=sinks,
+                clip=None if (low, high) == (0.0, 1.0) else (low, high),
+                weight=pairwise(weight, weight_index),
+                keep=keep(seed, dropout, B, Hq, Nq, Nk, b) if dropout else None,
+                heads=None if heads is None else heads.long(),
+            )
+        )  # fmt: skip
+    o, lse = parts[0] if cu_q is None else (torch.cat(t, 2) for t in zip(*parts))
+    return o, lse, torch.zeros_like(lse)
+
+
+def _sequences(q, k, v, cu_q, cu_k) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+    """(0, the tensors), or the number and the rows of each sequence."""
+    if cu_q is None:
+        yield 0, (q, k, v)
+        return
+    ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
+    for b in range(len(ends_q) - 1):
+        of_q, of_k = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
+        yield b, (q[:, :, of_q], k[:, :, of_k], v[:, :, of_k])
+
 
 OP = Op(
     "attention",
-    forward="(Tensor q, Tensor k, Tensor v, SymInt[] mask, float scale) -> (Tensor o, Tensor lse)",
-    backward="(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, SymInt[] mask,"
-    " float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+    forward=f"(Tensor q, Tensor k, Tensor v, {EXTRAS}, SymInt[] mask, float[] numbers) -> (Tensor o, Tensor lse, Tensor rest)",
+    backward=f"(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, {EXTRAS}, Tensor o, Tensor lse, Tensor rest, SymInt[] mask,"
+    " float[] numbers, bool[] needs) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dbias2,"
+    " Tensor dweight, Tensor dsinks)",
     fake=_fake,
     fake_backward=_fake_backward,
     facts={
@@ -92,9 +158,7 @@ OP = Op(
         "D": "q.shape[3]",
         "Dv": "v.shape[3]",
     },
-    reference=lambda q, k, v, mask, scale: formula.forward(
-        q, k, v, materialize(mask, q.shape[2], k.shape[2], q.device), scale
-    ),
+    reference=_reference,
     backends=(
         *cpu(
             "attention",
@@ -111,27 +175,15 @@ OP = Op(
         ),
         reference(),
     ),
-    cases=[
-        *(Case(B=2, Hq=2, Nq=n, Nk=m, D=32, mask=mask) for n, m in _LENGTHS for mask in _MASKS),
-        *(Case(B=1, Hq=4, Hk=hk, Nq=37, Nk=70, D=d, Dv=dv, mask=Causal())
-          for hk, d, dv in ((1, 64, 64), (2, 64, 40), (4, 128, 64), (2, 1, 3), (4, 17, 256), (1, 256, 80))),
-        *(Case(B=2, Hq=4, Hk=2, Nq=70, Nk=70, D=48, mask=Window(9, 9), layout=how)
-          for how in ("transposed", "sliced", "broadcast", "last-axis")),
-        Case(B=1, Hq=2, Nq=300, Nk=520, D=64, mask=Causal()),
-        Case(B=1, Hq=1, Nq=129, Nk=257, D=96, scale=0.5),
-        Case(B=1, Hq=1, Nq=64, Nk=128, D=64, scale=-0.3),
-        *(Case(B=1, Hq=2, Nq=64, Nk=64, D=64, mask=Window(0, 0), scale=scale) for scale in (None, 1.0)),
-        Case(B=0, Hq=2, Nq=4, Nk=4, D=8),
-    ],
-    make=_make,
-    cost=_cost,
-    bench=[
-        *(Case(B=1, Hq=8, Nq=n, Nk=n, D=d, mask=mask)
-          for n in (1024, 4096) for d in (64, 128) for mask in (None, Causal())),
-        *(Case(B=1, Hq=8, Nq=n, Nk=n, D=64) for n in (16, 64, 128)),
-    ],
-    peers=_peers,
+    cases=CASES,
+    make=make,
+    cost=cost,
+    bench=BENCH,
+    peers=peers,
 )  # fmt: skip
+
+
+# ---- The functions ---------------------------------------------------------------------------------------
 
 
 @OP
@@ -140,33 +192,62 @@ def attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    mask: Mask | None = None,
+    mask: Mask | torch.Tensor | None = None,
+    bias: Any = None,
     causal: bool = False,
     scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    clip: tuple[float, float] | None = None,
+    weight: Any = None,
+    head_map: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention: ``o_i = sum_j softmax_j(scale q_i . k_j) v_j`` over the visible keys j.
+    """Softmax attention: ``o_i = sum_j p_ij v_j`` with ``p_i = softmax_j(scale q_i . k_j)`` over the visible keys j.
 
     q [B, Hq, Nq, D], k [B, Hk, Nk, D], v [B, Hk, Nk, Dv] -> o [B, Hq, Nq, Dv].
 
-    mask        a value of ``fastattn.masks``: ``Causal()``, ``Window(left, right)``, ...; ``a & b`` combines
+    mask        a value of ``fastattn.masks``: ``Causal()``, ``Window(left, right)``, ..., combined by ``&`` and ``|``;
+                or a bool tensor that broadcasts to [B, Hq, Nq, Nk], True where i may attend to j
+    bias        added to the logits: a float tensor that broadcasts to [B, Hq, Nq, Nk], a value of ``fastattn.bias``
+                (``ALiBi``, ``Toeplitz``, ``Relative``, ``KeyBias``), or a list of them
     causal      short for ``mask=Causal() & mask``
     scale       of the logits; D ** -0.5 when None
+    softcap     bends logits, before biases: ``softcap * tanh(s / softcap)``
+    sinks       [Hq]: a logit that takes part in the denominator alone
+    clip        (gamma, zeta), gamma <= 0: p becomes ``clamp((zeta - gamma) * p + gamma, 0, 1)``
+    weight      multiplies p, which is not normalised again: a float tensor, ``Toeplitz`` or ``Relative``
+    head_map    int [Hq]: the key head of each query head
+    dropout     the share of weights set to 0 (the others grow by 1 / (1 - dropout)); ``seed`` and the place
+                of a weight decide which, so that every backend drops the same
     return_lse  also give lse [B, Hq, Nq], the natural log of the softmax denominator, differentiable
     backend     None: the first that accepts; a name: that one, or an error that says why not
 
-    Hq is a multiple of Hk: query head h reads key head h // (Hq / Hk).  Query i stands at position
-    i + Nk - Nq.  A row that sees no key gives o = 0, lse = -inf and zero gradients.  Memory is O(Nq + Nk).
+    Jagged nested tensors [B, H, j, D] are taken too, as packed sequences (``attention_varlen``).
+    Hq is a multiple of Hk: query head h reads key head h // (Hq / Hk), unless ``head_map`` says otherwise.
+    Query i stands at position i + Nk - Nq.  A row that sees no key gives o = 0, lse = -inf and zero gradients.
+    Memory is O(Nq + Nk) beside the tensors given.  Everything that is float gets a gradient.
 
     >>> import torch, fastattn as fa
     >>> q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
     >>> fa.attention(q, k, v, causal=True).shape
     torch.Size([1, 2, 5, 8])
+    >>> fa.attention(q, k, v, bias=fa.bias.ALiBi(torch.tensor([0.5, 0.25]))).shape
+    torch.Size([1, 2, 5, 8])
     """
+    if getattr(q, "is_nested", False):
+        options = {
+            "mask": mask, "bias": bias, "causal": causal, "scale": scale, "softcap": softcap, "sinks": sinks,
+            "clip": clip, "weight": weight, "head_map": head_map, "dropout": dropout, "seed": seed,
+            "return_lse": return_lse, "backend": backend,
+        }  # fmt: skip
+        return _nested(q, k, v, options)
     q, k, v = autocast(q, k, v)
     B, Hq, Nq, D, Hk, Nk, Dv = AXES(q, k, v)
-    if Hq != Hk and (Hk == 0 or Hq % Hk):
+    if head_map is None and Hq != Hk and (Hk == 0 or Hq % Hk):
         raise ValueError(f"attention: Hq is {Hq} and Hk is {Hk}; Hq must be a multiple of Hk")
     if Nq > UNBOUNDED or Nk > UNBOUNDED:
         raise ValueError(
@@ -174,20 +255,281 @@ def attention(
         )
     if causal is not True and causal is not False:
         raise ValueError(f"attention: causal is {causal!r}; it takes True or False")
-    if mask is None:
-        code = CAUSAL if causal else FULL
-    elif isinstance(mask, Mask):
-        code = (Causal() & mask).encode() if causal else mask.encode()
-    else:
-        raise ValueError(
-            f"attention: mask is {type(mask).__name__}; it takes a value of fastattn.masks or None"
+    scale = (D or 1) ** -0.5 if scale is None else number("attention", "scale", scale)
+    if (
+        bias is softcap is sinks is clip is weight is head_map is None
+        and dropout == 0.0
+        and not (isinstance(mask, torch.Tensor))
+    ):
+        (code, blocks), extras, numbers = (
+            mask_code("attention", mask, causal, Hq),
+            NO_EXTRAS,
+            (scale, *PLAIN),
         )
-    o, lse = OP.call(
+        if blocks is not None:
+            extras = (*NO_EXTRAS[:8], blocks.to(q.device), *NO_EXTRAS[9:])
+    else:
+        extras, code, numbers = optional_arguments(
+            "attention", q, (B, Hq, Nq, Nk), Hk, mask, causal, scale, softcap, bias, sinks, clip, weight, head_map,
+            dropout, seed,
+        )  # fmt: skip
+    o, lse, _ = OP.call(
         unit_stride(q),
         unit_stride(k),
         unit_stride(v),
+        *extras,
         code,
-        (D or 1) ** -0.5 if scale is None else number("attention", "scale", scale),
+        numbers,
         backend=PROCESS.backend("attention", backend),
     )
     return (o, lse) if return_lse else o
+
+
+# ---- Packed sequences ------------------------------------------------------------------------------------
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None = None,
+    *,
+    mask: Mask | torch.Tensor | None = None,
+    bias: Any = None,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    clip: tuple[float, float] | None = None,
+    weight: Any = None,
+    head_map: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``attention`` on sequences of any lengths packed end to end, without padding.
+
+    q [Tq, Hq, D], k [Tk, Hk, D], v [Tk, Hk, Dv] -> o [Tq, Hq, Dv], and lse [Tq, Hq] with ``return_lse``.
+
+    Sequence b owns the queries cu_seqlens_q[b] to cu_seqlens_q[b + 1] and the keys that cu_seqlens_k (the same when
+    None) says; int32 [batch + 1], from 0 to Tq and Tk, and a sequence may be empty.  Masks, biases and dropout count
+    from each sequence's own start: their B is the number of sequences, and Nq and Nk at least the longest.
+    The other keywords are those of ``attention``.
+
+    >>> import torch, fastattn as fa
+    >>> q, k, v = (torch.randn(7, 2, 8) for _ in range(3))
+    >>> fa.attention_varlen(q, k, v, torch.tensor([0, 3, 7], dtype=torch.int32), causal=True).shape
+    torch.Size([7, 2, 8])
+    """
+    q, k, v = autocast(q, k, v)
+    Tq, Hq, D, Tk, Hk, Dv = PACKED(q, k, v)
+    if head_map is None and Hq != Hk and (Hk == 0 or Hq % Hk):
+        raise ValueError(
+            f"attention_varlen: Hq is {Hq} and Hk is {Hk}; Hq must be a multiple of Hk"
+        )
+    cu_q = sequence_ends("attention_varlen", "cu_seqlens_q", cu_seqlens_q, Tq, "Tq", q.device)
+    cu_k = (
+        cu_q
+        if cu_seqlens_k is None
+        else sequence_ends("attention_varlen", "cu_seqlens_k", cu_seqlens_k, Tk, "Tk", q.device)
+    )
+    if cu_k.shape != cu_q.shape or (cu_seqlens_k is None and Tq != Tk):
+        raise ValueError(
+            f"attention_varlen: cu_seqlens_q is {list(cu_q.shape)} for {Tq} queries and cu_seqlens_k "
+            f"{list(cu_k.shape)} for {Tk} keys; they name the same sequences"
+        )
+    scale = (D or 1) ** -0.5 if scale is None else number("attention_varlen", "scale", scale)
+    extras, code, numbers = optional_arguments(
+        "attention_varlen", q, (cu_q.shape[0] - 1, Hq, -max(Tq, 1), -max(Tk, 1)), Hk, mask, causal, scale, softcap,
+        bias, sinks, clip, weight, head_map, dropout, seed, cu_q, cu_k,
+    )  # fmt: skip
+    o, lse, _ = OP.call(
+        *(unit_stride(t).transpose(0, 1)[None] for t in (q, k, v)),
+        *extras,
+        code,
+        numbers,
+        backend=PROCESS.backend("attention", backend),
+    )
+    o = o[0].transpose(0, 1)
+    return (o, lse[0].transpose(0, 1)) if return_lse else o
+
+
+def _nested(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Any:
+    """Jagged nested tensors [B, H, j, D], as ``torch.nested`` and PyTorch's own attention lay them out."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if (
+            not getattr(t, "is_nested", False)
+            or t.layout is not torch.jagged
+            or t.dim() != 4
+            or t._ragged_idx != 2
+        ):
+            raise ValueError(
+                f"attention: {name} is {'nested, but not' if getattr(t, 'is_nested', False) else 'not'} "
+                "jagged [B, H, j, D]; q, k and v are all jagged in their third axis, or none is"
+            )
+        if t.transpose(1, 2).lengths() is not None:
+            raise ValueError(
+                f"attention: {name} is jagged with holes; call .contiguous() on it first"
+            )
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    found = attention_varlen(
+        q.values(), k.values(), v.values(), q.offsets(), k.offsets(), **options
+    )
+
+    def jagged(t: torch.Tensor) -> Any:
+        return torch.nested.nested_tensor_from_jagged(t, q.offsets()).transpose(1, 2)
+
+    return tuple(jagged(t) for t in found) if isinstance(found, tuple) else jagged(found)
+
+
+# ---- Transposed: P^T instead of P ------------------------------------------------------------------------
+
+
+class _Transposed(torch.autograd.Function):
+    """y_j = sum_i p_ij u_i: the gradient of o with respect to v, at u.  Its own gradients are those of attention to
+    the values dy, so that nothing of size Nq Nk is stored."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, code: Any, numbers: Any, q: Any, k: Any, u: Any, *extras: Any
+    ) -> Any:
+        B, Hk, Nk, _ = k.shape
+        _, lse, rest = OP.call(
+            q, k, k.new_zeros(B, Hk, Nk, 1), *extras, code, numbers, backend=backend
+        )
+        v = k.new_zeros(1, 1, 1, u.shape[3]).expand(B, Hk, Nk, -1)
+        needs = [False, False, True, False, False, False, False]
+        # o and v are not looked at where only dv is asked for
+        y = OP.call_backward(
+            u, None, q, k, v, *extras, u, lse, rest, code, numbers, needs, backend=backend
+        )[2]
+        ctx.save_for_backward(q, k, u, lse, rest, *extras)
+        ctx.others = backend, code, numbers
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        (q, k, u, lse, rest, *extras), (backend, code, numbers) = ctx.saved_tensors, ctx.others
+        dy = unit_stride(dy)
+        o = OP.call(q, k, dy, *extras, code, numbers, backend=backend)[0]
+        wanted = ctx.needs_input_grad[3:]
+        needs = [wanted[0], wanted[1], False, wanted[3], wanted[5], wanted[7], wanted[9]]
+        dq, dk, _, dbias, dbias2, dweight, dsinks = OP.call_backward(
+            u, None, q, k, dy, *extras, o, lse, rest, code, numbers, needs, backend=backend
+        )
+        found = (dq, dk, o, dbias, None, dbias2, None, dweight, None, dsinks)
+        return (
+            None,
+            None,
+            None,
+            *(d if want else None for d, want in zip(found, wanted)),
+            *(None,) * 6,
+        )
+
+
+def _transposed(
+    function: str, q: torch.Tensor, k: torch.Tensor, u: torch.Tensor, mask: Any, causal: bool, scale: float | None,
+    backend: str | None, **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    B, Hq, Nq, D = q.shape
+    scale = (D or 1) ** -0.5 if scale is None else number(function, "scale", scale)
+    names = ("softcap", "bias", "sinks", "clip", "weight", "head_map")
+    extras, code, numbers = optional_arguments(
+        function, q, (B, Hq, Nq, k.shape[2]), k.shape[1], mask, causal, scale,
+        *(options.get(name) for name in names), 0.0, None,
+    )  # fmt: skip
+    chosen = PROCESS.backend("attention", backend)
+    run: Any = _Transposed.apply
+    return run(chosen, code, numbers, unit_stride(q), unit_stride(k), unit_stride(u), *extras)  # type: ignore[no-any-return]
+
+
+def attention_importance(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    query_weight: torch.Tensor | None = None,
+    mask: Mask | torch.Tensor | None = None,
+    bias: Any = None,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    clip: tuple[float, float] | None = None,
+    weight: Any = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """How much attention each key gets: ``a_j = sum_i w_i p_ij``, the column sums of P, without forming P.
+
+    q [B, Hq, Nq, D], k [B, Hk, Nk, D], query_weight w that broadcasts to [B, Hq, Nq] (1 when None) -> a [B, Hq, Nk].
+
+    p and the keywords are those of ``attention``.  Divide by Nq for means, as token pruning and merging use them.
+    Memory is O(Nq + Nk); differentiable in every float input.
+
+    >>> import torch, fastattn as fa
+    >>> q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
+    >>> torch.allclose(fa.attention_importance(q, k).sum(-1), torch.tensor(5.0))
+    True
+    """
+    q, k = autocast(q, k)
+    B, Hq, Nq, D, Hk, Nk = SCORED(q, k)
+    if Hq != Hk:
+        if Hk == 0 or Hq % Hk:
+            raise ValueError(
+                f"attention_importance: Hq is {Hq} and Hk is {Hk}; Hq must be a multiple of Hk"
+            )
+        k = k.repeat_interleave(Hq // Hk, 1)  # a column a query head
+    if query_weight is None:
+        u = q.new_ones(1, 1, 1, 1).expand(B, Hq, Nq, 1)
+    else:
+        given = query_weight.shape
+        if len(given) > 3 or any(n not in (1, size) for n, size in zip(given[::-1], (Nq, Hq, B))):
+            raise ValueError(
+                f"attention_importance: query_weight is {list(given)}; it must broadcast to [B, Hq, Nq] = {[B, Hq, Nq]}"
+            )
+        u = query_weight.to(q.dtype).expand(B, Hq, Nq)[..., None]
+    return _transposed(
+        "attention_importance", q, k, u, mask, causal, scale, backend, bias=bias, softcap=softcap, sinks=sinks,
+        clip=clip, weight=weight,
+    )[..., 0]  # fmt: skip
+
+
+def column_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    mask: Mask | torch.Tensor | None = None,
+    sender_weight: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attention normalised over queries: ``o_i = sum_j p_ij w_j v_j`` with ``p_.j = softmax_i(scale q_i . k_j)``.
+
+    q [B, H, Nq, D], k [B, H, Nk, D], v [B, H, Nk, Dv], sender_weight w that broadcasts to [B, H, Nk] (1 when None)
+    -> o [B, H, Nq, Dv].
+
+    Every key hands out its value once, in shares that sum to 1; those of a query need not.  The mask says which
+    query i may get from which key j, as in ``attention``.  Memory is O(Nq + Nk).
+
+    >>> import torch, fastattn as fa
+    >>> q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    >>> torch.allclose(fa.column_attention(q, k, v).sum(2), v.sum(2), atol=1e-5)
+    True
+    """
+    q, k, v = autocast(q, k, v)
+    B, H, Nq, D, Nk, Dv = COLUMNS(q, k, v)
+    if isinstance(mask, Mask):
+        mask = mask.transposed(Nq, Nk)
+    elif isinstance(mask, torch.Tensor):
+        mask = mask.expand(*mask.shape[:-2], Nq, Nk).mT if mask.dim() > 1 else mask[..., None]
+    if sender_weight is not None:
+        given = sender_weight.shape
+        if len(given) > 3 or any(n not in (1, size) for n, size in zip(given[::-1], (Nk, H, B))):
+            raise ValueError(
+                f"column_attention: sender_weight is {list(given)}; it must broadcast to [B, H, Nk] = {[B, H, Nk]}"
+            )
+        v = v * sender_weight[..., None].to(v.dtype)
+    return _transposed("column_attention", k, q, v, mask, False, scale, backend)

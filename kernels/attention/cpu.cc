@@ -26,6 +26,10 @@
 //                                                      exponentials come first
 //   scalar               4  12   4 x 3   12 of 16      as avx2
 //
+// Calls that are not plain (Options::is_plain) have one plane [J x T] of numbers added to logits, -inf where hidden, and
+// one of factors of weights, made for each block and tile before the products (csrc/cpu/terms.h).
+// One file because a task, its tile and its tile's weights change together.
+//
 // Measured: N 1024 to 4096, D 64 and 128, 2 threads of Zen 4: float32 78-92 % and float16 74-89 % of the FMA rate,
 // bfloat16 70-86 % of the bf16-dot rate, least where causal at N 1024 (bench/results/epyc-zen4-2-cores.jsonl).
 // Not done: keys split over threads where queries and heads are few.  Tried and refused: DESIGN.md.
@@ -39,10 +43,12 @@
 
 #include "csrc/cpu/simd.h"
 
+#include "csrc/core/philox.h"
 #include "csrc/core/scores.h"
 #include "csrc/cpu/gemm.h"
 #include "csrc/cpu/pack.h"
 #include "csrc/cpu/runs.h"
+#include "csrc/cpu/terms.h"
 
 #include "kernels/attention/cpu.h"
 
@@ -57,6 +63,7 @@ struct Tile {
   float *m, *limit;        // of each lane, 0 and -inf before its first key
   float *l, *block_sum;    // of its weights: in all, and in this block
   int64_t i0, i1, Dv;
+  const Extras* extras;  // of calls that are not plain
 };
 
 template <class Mul>
@@ -96,13 +103,16 @@ template <class Mul>
 
 // P^T = exp2(score(K Q^T) - m), 0 where hidden, as words of the product to come, with the sums of its lanes.  The
 // exponentials of a tile are taken between the multiplications of the next: job i takes two keys of one vector.
-template <class Mul, class M, class Score>
+template <class Mul, bool Plain>
 struct Weights {
+  using Mask = std::conditional_t<Plain, Band, Formula>;
+  using Score = std::conditional_t<Plain, Scale, Bent>;
   const Tile& t;
   Words k;
   int64_t words;
-  const M& mask;
+  const Mask& mask;
   const Score& score;
+  const Clip& clip;
   int lane;         // the run's first, in the tile
   int64_t row, j0;  // its first key, in the block and in all
   bool partial;
@@ -116,12 +126,20 @@ struct Weights {
     const Weights& w;
     int first = w.first, last = w.last;
     float* p = w.t.p + w.waiting / Mul::kPack * kTile + w.lane;
+    const float* factor = Plain ? nullptr : w.t.extras->factor;
     FASTATTN_INLINE void operator()(int i) const {
       const int v = i % NV * W, r = i / NV * 2;
-      const vf lo = power<Mul>(load(w.x + r * NV * W + v)),
-               hi = power<Mul>(load(w.x + (r + 1) * NV * W + v));
+      vf lo = power<Mul>(load(w.x + r * NV * W + v)),
+         hi = power<Mul>(load(w.x + (r + 1) * NV * W + v));
       float* const sum = w.t.block_sum + w.lane + v;
       store(sum, (load(sum) + lo) + hi);
+      if constexpr (!Plain) {
+        if (w.clip.is_on()) lo = w.clip.weight(lo), hi = w.clip.weight(hi);
+        if (factor) {
+          const float* const by = factor + (w.waiting + r) * kTile + w.lane + v;
+          lo *= load(by), hi *= load(by + kTile);
+        }
+      }
       if constexpr (Mul::kPack == 1) {
         store(p + r * kTile + v, lo);
         store(p + (r + 1) * kTile + v, hi);
@@ -147,6 +165,19 @@ struct Weights {
     for (int g = 0; g < R; g += 4) weigh<(R < 4 ? R : 4), NV>(acc + g, r0 + g, x + g * NV * W);
   }
 
+  FASTATTN_INLINE vf logit(vf dot, int64_t r, int v) const {
+    if constexpr (Plain) {
+      const vf s = settled(score.logit(dot));
+      if (!partial) return s;
+      return select(visible(mask, static_cast<int>(t.i0) + lane + v * W, static_cast<int>(j0 + r)),
+                    s, splat(-kInf));
+    } else {
+      vf slope;
+      return settled(
+          score.logit(dot, load(t.extras->added + (row + r) * kTile + lane + v * W), slope));
+    }
+  }
+
   template <int R, int NV>
   FASTATTN_INLINE void weigh(vf (*acc)[NV], int64_t r0, float* to) {
     vi rises{};
@@ -156,11 +187,7 @@ struct Weights {
       vf top = limit;
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        acc[r][v] = logit(score, acc[r][v]);
-        if (partial)
-          acc[r][v] = select(
-              visible(mask, static_cast<int>(t.i0) + lane + v * W, static_cast<int>(j0 + r0 + r)),
-              acc[r][v], splat(-kInf));
+        acc[r][v] = logit(acc[r][v], r0 + r, v);
         top = max(top, acc[r][v]);
       }
       rises |= top > limit;
@@ -186,41 +213,57 @@ struct Weights {
   }
 };
 
-template <class T, class M, class Score>
+template <class T, bool Plain>
 struct Forward {
   using Mul = typename MulOf<T>::type;
+  using Mask = typename Weights<Mul, Plain>::Mask;
+  using Score = typename Weights<Mul, Plain>::Score;
 
   View<T, 4> o;
-  View<float, 3> lse;
+  View<float, 3> lse, rest;
   View<const T, 4> q, k, v;
-  M mask;
+  const Options& options;
   Score score;
-  int64_t B, Hq, group, Nq, Nk, D, Dv, tiles_per_task, tasks_per_head;
+  int64_t D, Dv, tiles_per_task, tasks_per_head;
 
   void operator()(int64_t task) {
-    const int64_t b = task / tasks_per_head / Hq, h = task / tasks_per_head % Hq, hk = h / group;
-    const int64_t first =
-        (tasks_per_head - 1 - task % tasks_per_head) * tiles_per_task;  // longest rows first
+    const Options& o = options;
+    const int64_t head = task / tasks_per_head, b = head / o.Hq, h = head % o.Hq,
+                  hk = o.key_head(h);
+    const Sequence s =
+        o.sequences.at(b, task % tasks_per_head, o.sequences.cu_q, tiles_per_task * kTile);
+    const int64_t parts = up(s.Nq, tiles_per_task * kTile) / (tiles_per_task * kTile);
+    if (s.part >= parts) return;
+    const int64_t first = (parts - 1 - s.part) * tiles_per_task;  // longest rows first
     const int64_t words = up(D, Mul::kPack) / Mul::kPack;
     constexpr int kMost = 4;
+    constexpr int64_t kPlane = (kKeys + 1) * kTile;
     Carver carver{static_cast<float*>(
-        scratch(4 * (kMost * (words + Dv + 3) * kTile + kKeys * (kTile + up(D, W) + up(Dv, W)) +
-                     10 * kTile + 16 * 32)))};
-    float *p = carver.take((kKeys + 1) * kTile), *kc = carver.take(kKeys * up(D, W)),
+        scratch(4 * (kMost * (words + Dv + 3) * kTile + (Plain ? 1 : 3) * kPlane +
+                     kKeys * (up(D, W) + up(Dv, W)) + 10 * kTile + 20 * 32)))};
+    float *p = carver.take(kPlane), *kc = carver.take(kKeys * up(D, W)),
           *vc = carver.take(kKeys * up(Dv, W)), *block_sum = carver.take(kTile),
           *x = carver.take(8 * kTile);
+    Extras extras;
+    if constexpr (!Plain) {
+      extras.begin(o, s, h);
+      extras.added = carver.take(kPlane);
+      if (o.has_factor()) extras.factor = carver.take(kPlane);
+    }
 
+    const Mask mask = mask_of<Mask>(o, s, h);
     Tile tiles[kMost];
     int count = 0;
-    Range keys{Nk, 0};
-    for (int64_t t = first; t < first + tiles_per_task && t * kTile < Nq; ++t) {
+    Range keys{s.Nk, 0};
+    for (int64_t t = first; t < first + tiles_per_task && t * kTile < s.Nq; ++t) {
       Tile& tile = tiles[count++];
-      tile.i0 = t * kTile, tile.i1 = std::min((t + 1) * kTile, Nq), tile.Dv = Dv;
+      tile.i0 = t * kTile, tile.i1 = std::min((t + 1) * kTile, s.Nq), tile.Dv = Dv;
       tile.qt = carver.take(words * kTile), tile.ot = carver.take(Dv * kTile), tile.p = p,
       tile.x = x;
       tile.m = carver.take(kTile), tile.limit = carver.take(kTile);
       tile.l = carver.take(kTile), tile.block_sum = block_sum;
-      pack_lanes<Mul>(tile.qt, head(q, b, h), tile.i0, tile.i1, D);
+      tile.extras = &extras;
+      pack_lanes<Mul>(tile.qt, rows_of(q, s, h, s.q0), tile.i0, tile.i1, D);
       std::fill_n(tile.ot, Dv * kTile, 0.0f);
       std::fill_n(tile.m, kTile, 0.0f);
       std::fill_n(tile.limit, kTile, -kInf);
@@ -229,89 +272,137 @@ struct Forward {
       keys = {std::min(keys.begin, seen.begin), std::max(keys.end, seen.end)};
     }
 
-    const Strided<const T> ks = head(k, b, hk), vs = head(v, b, hk);
-    for (int64_t j0 = keys.begin / kKeys * kKeys; j0 < keys.end;
-         j0 += kKeys) {  // blocks lie where they lie for all
-      const int64_t j1 = std::min(j0 + kKeys, Nk);
-      const Words kw = along_columns<Mul>(kc, ks, j0, j1, D);
-      const Words vt = across_rows<Mul>(vc, vs, j0, j1, Dv);
-      for (int t = 0; t < count; ++t) absorb(tiles[t], kw, vt, j0, j1, words);
+    // Clipping takes p itself: then the denominator is found first, and becomes m.
+    const bool clips = !Plain && o.clip.is_on();
+    for (int pass = clips ? 0 : 1; pass < 2; ++pass) {
+      const Strided<const T> ks = rows_of(k, s, hk, s.k0), vs = rows_of(v, s, hk, s.k0);
+      for (int64_t j0 = keys.begin / kKeys * kKeys; j0 < keys.end;
+           j0 += kKeys) {  // blocks lie where they lie for all
+        const int64_t j1 = std::min(j0 + kKeys, s.Nk);
+        if (!Plain && is_hidden(mask, tiles, count, j0, j1)) continue;
+        const Words kw = along_columns<Mul>(kc, ks, j0, j1, D);
+        const Words vt = pass ? across_rows<Mul>(vc, vs, j0, j1, Dv) : Words{};
+        for (int t = 0; t < count; ++t)
+          absorb(tiles[t], mask, pass ? o.clip : Clip{}, kw, vt, j0, j1, words, pass ? Dv : 0);
+      }
+      for (int t = 0; t < count; ++t) {
+        if (pass && clips)
+          std::fill_n(p, kTile, 1.0f);
+        else
+          divide(tiles[t], s, h, p);
+        if (!pass)
+          settle_weights(tiles[t], s, h);
+        else
+          unpack_lanes(rows_of(this->o, s, h, s.q0), tiles[t].i0, tiles[t].i1, tiles[t].ot, Dv, p);
+      }
     }
-    for (int t = 0; t < count; ++t) finish(tiles[t], b, h, p);
+  }
+
+  static bool is_hidden(const Mask& mask, const Tile* tiles, int count, int64_t j0, int64_t j1) {
+    if constexpr (!Plain) return mask.seen(tiles[0].i0, tiles[count - 1].i1, j0, j1) == Seen::none;
+    return false;
   }
 
   // One block of keys into one tile of queries.
-  void absorb(const Tile& tile, Words kw, Words vt, int64_t j0, int64_t j1, int64_t words) {
+  void absorb(const Tile& tile, const Mask& mask, const Clip& clip, Words kw, Words vt, int64_t j0,
+              int64_t j1, int64_t words, int64_t Dv) {
     const Runs runs = runs_of(mask, tile.i0, tile.i1, j0, j1);
     if (!runs.count) return;
+    if constexpr (!Plain) tile.extras->read(mask, runs, kTile, tile.i0, tile.i1, j0, j1);
     std::fill_n(tile.block_sum, kTile, 0.0f);
     for (const Run& run : runs) {
-      Weights<Mul, M, Score> weights{
-          tile,       kw.at(run.j0, 0), words,       mask,        score,
-          run.v0 * W, run.j0,           j0 + run.j0, run.partial, tile.x};
+      Weights<Mul, Plain> weights{tile,  kw.at(run.j0, 0), words,  mask,        score,
+                                  clip,  run.v0 * W,       run.j0, j0 + run.j0, run.partial,
+                                  tile.x};
       for_tiles(weights, run.keys(), run.vecs());
     }
     for (int64_t i = 0; i < kTile; i += W)
       store(tile.l + i, load(tile.l + i) + load(tile.block_sum + i));
+    if (!Dv) return;
     for (const Run& run : runs)
       accumulate<Mul>(tile.ot + run.v0 * W, kTile, vt.at(0, run.j0 / Mul::kPack),
                       tile.p + run.j0 / Mul::kPack * kTile + run.v0 * W, kTile,
                       up(run.keys(), Mul::kPack) / Mul::kPack, Dv, run.vecs());
   }
 
-  void finish(const Tile& tile, int64_t b, int64_t h, float* s) {
+  // lse and the rest of it, and in `factor` what o^T is to be multiplied by.
+  void divide(const Tile& tile, const Sequence& s, int64_t h, float* factor) {
     for (int64_t v = 0; tile.i0 + v * W < tile.i1; ++v) {
       const vf l = load(tile.l + v * W), m = load(tile.m + v * W);
-      store(s + v * W, select(l == 0.0f, vf{}, 1.0f / l));
-      const vf log = Mul::kUnit == 1
-                         ? m + ln(l)
-                         : m * 0.693359375f + (m * -2.12194440e-4f + ln(l));  // ln 2 in two parts
-      float* const to = &lse(b, h, tile.i0 + v * W);
-      const vf result = select(l == 0.0f, splat(-kInf), log);
-      tile.i1 - tile.i0 - v* W >= W ? store(to, result)
-                                    : store(to, result, tile.i1 - tile.i0 - v * W);
+      vf by = select(l == 0.0f, vf{}, 1.0f / l);
+      vf low{}, log = Mul::kUnit == 1
+                          ? sum(m, ln(l), low)
+                          : m * 0.693359375f + (m * -2.12194440e-4f + ln(l));  // ln 2 in two parts
+      log = select(l == 0.0f, splat(-kInf), log);
+      if (!Plain && options.sinks) {
+        const vf sink = splat(options.sinks[h]), top = max(log, sink);
+        vf rounded, all = sum(top, ln(natural(log - top) + natural(sink - top)), rounded);
+        all = select(top == -kInf, top, all);
+        const vf share = select(log == -kInf, vf{}, natural(log - all));
+        by *= share, log = all, low = low * share + rounded;
+      }
+      low = select((log - log == 0.0f) & (low == low), low, vf{});
+      store(factor + v * W, by);
+      const int64_t at = s.q0 + tile.i0 + v * W, left = tile.i1 - tile.i0 - v * W;
+      for (auto& [to, x] :
+           {std::pair{&lse(s.row, h, at), log}, std::pair{&rest(s.row, h, at), low}})
+        left >= W ? store(to, x) : store(to, x, left);
     }
-    unpack_lanes(head(o, b, h), tile.i0, tile.i1, tile.ot, Dv, s);
+  }
+  // a + b, and in `low` what rounding took from it (Knuth).
+  static vf sum(vf a, vf b, vf& low) {
+    const vf total = a + b, of_b = total - a;
+    low = (a - (total - of_b)) + (b - of_b);
+    return total;
+  }
+  static vf natural(vf x) { return exp2<6>(x * 1.4426950408889634f); }
+
+  // The weights to come are those of the softmax itself.
+  void settle_weights(const Tile& tile, const Sequence& s, int64_t h) {
+    for (int64_t lane = 0; lane < kTile; ++lane) {
+      const float log = tile.i0 + lane < tile.i1 ? lse(s.row, h, s.q0 + tile.i0 + lane) : -kInf;
+      tile.m[lane] = log == -kInf ? 0.0f : log * Mul::kUnit;
+      tile.limit[lane] = kInf;
+      tile.l[lane] = 0;
+    }
+    std::fill_n(tile.ot, Dv * kTile, 0.0f);
   }
 };
 
 struct ForwardOf {
-  Tensor o, lse, q, k, v;
-  float scale;
-  template <class T, class M>
-  void operator()(Type<T>, const M& mask) const {
-    const int64_t Hq = q.shape[1], Nq = q.shape[2], heads = q.shape[0] * Hq,
-                  tiles = up(Nq, kTile) / kTile;
-    const int64_t share =
-        heads * tiles / (4 * num_threads());  // several tiles share the copies of a key block
+  Tensor o, lse, rest, q, k, v;
+  const Options& options;
+  template <class T, bool Plain>
+  void operator()(Type<T>, Value<Plain>) const {
+    const Sequences& sequences = options.sequences;
+    const int64_t B = q.shape[0], Hq = q.shape[1], Hk = k.shape[1], Nq = q.shape[2],
+                  Nk = k.shape[2], D = q.shape[3], Dv = v.shape[3];
+    const int64_t share = B * Hq * sequences.parts(Nq, kTile) /
+                          (4 * num_threads());  // several tiles share the copies of a key block
     const int64_t per_task = std::is_same_v<T, float> ? 1 : std::clamp<int64_t>(share, 1, 4);
-    const int64_t B = q.shape[0], Hk = k.shape[1], Nk = k.shape[2], D = q.shape[3], Dv = v.shape[3];
-    Forward<T, M, Scale> f{View<T, 4>("o", o, {B, Hq, Nq, Dv}),
-                           View<float, 3>("lse", lse, {B, Hq, Nq}),
-                           View<const T, 4>("q", q, {B, Hq, Nq, D}),
-                           View<const T, 4>("k", k, {B, Hk, Nk, D}),
-                           View<const T, 4>("v", v, {B, Hk, Nk, Dv}),
-                           mask,
-                           Scale{scale * MulOf<T>::type::kUnit},
-                           q.shape[0],
-                           Hq,
-                           Hq / std::max<int64_t>(k.shape[1], 1),
-                           Nq,
-                           k.shape[2],
-                           q.shape[3],
-                           v.shape[3],
-                           per_task,
-                           up(tiles, per_task) / per_task};
-    parallel_for(heads * f.tasks_per_head, f);
+    Forward<T, Plain> f{View<T, 4>("o", o, {B, Hq, Nq, Dv}),
+                        View<float, 3>("lse", lse, {B, Hq, Nq}),
+                        View<float, 3>("rest", rest, {B, Hq, Nq}),
+                        View<const T, 4>("q", q, {B, Hq, Nq, D}),
+                        View<const T, 4>("k", k, {B, Hk, Nk, D}),
+                        View<const T, 4>("v", v, {B, Hk, Nk, Dv}),
+                        options,
+                        {},
+                        D,
+                        Dv,
+                        per_task,
+                        sequences.parts(Nq, per_task * kTile)};
+    f.score = score_of<Plain, typename MulOf<T>::type>(options);
+    parallel_for(B * Hq * f.tasks_per_head, f);
   }
 };
 
 }  // namespace
 
-void attention_fwd(Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v, Ints mask, double scale) {
-  check(q, k, v, mask);
-  const ForwardOf run{o, lse, q, k, v, static_cast<float>(scale)};
-  std::visit(WithMask<ForwardOf>{run, q.dtype}, make_mask(mask, q.shape[2], k.shape[2]));
+void attention_fwd(Tensor o, Tensor lse, Tensor rest, Tensor q, Tensor k, Tensor v,
+                   AttentionExtras extras, Ints mask, Floats numbers) {
+  const Options options(q, k, v, extras, mask, numbers);
+  dispatch_kind(q, options, ForwardOf{o, lse, rest, q, k, v, options});
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

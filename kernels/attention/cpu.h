@@ -17,21 +17,10 @@ struct MulOf<bf16> {
 };
 #endif
 
-template <class T>
-Strided<T> head(const View<T, 4>& t, int64_t b, int64_t h) {
-  return {t.at(b, h), t.stride[2]};
-}
-
 // exp of a difference of logits in Mul's unit.
 template <class Mul, int Degree = Mul::kExpDegree>
 FASTATTN_INLINE vf power(vf x) {
   return exp2<Degree>(x * (1.4426950408889634f / Mul::kUnit));
-}
-
-// The logit as forward and backward both have it: rounded, not fused into what follows.
-template <class Score>
-FASTATTN_INLINE vf logit(const Score& score, vf dot) {
-  return settled(score.logit(dot));
 }
 
 struct Carver {  // hands out consecutive parts of this thread's scratch memory
@@ -39,37 +28,217 @@ struct Carver {  // hands out consecutive parts of this thread's scratch memory
   float* take(int64_t floats) { return std::exchange(next, next + up(floats, 16)); }
 };
 
-// What api.py promises and torch.ops does not: no shape may lead a kernel out of its tensors.
-inline void check(const Tensor& q, const Tensor& k, const Tensor& v, Ints mask) {
-  FASTATTN_CHECK(q.ndim == 4 && k.ndim == 4 && v.ndim == 4, "q, k, v are ", text(q), ", ", text(k),
-                 ", ", text(v), "; they take 4 axes");
-  FASTATTN_CHECK(q.shape[3] <= 256 && v.shape[3] <= 256, "D is ", q.shape[3], " and Dv is ",
-                 v.shape[3], "; at most 256");
-  FASTATTN_CHECK(q.shape[1] == k.shape[1] || (k.shape[1] > 0 && q.shape[1] % k.shape[1] == 0),
-                 "Hq is ", q.shape[1], " and Hk is ", k.shape[1], "; Hq must be a multiple of Hk");
-  FASTATTN_CHECK(mask.size() == 5, "mask has ", mask.size(), " numbers; it takes 5");
-}
+// One sequence: a batch of dense tensors, or a part of packed ones.
+struct Sequence {
+  int64_t b, row;          // its number, and its batch in the tensors
+  int64_t q0, k0, Nq, Nk;  // where it begins, and its lengths
+  int64_t part;            // of it, that a task is to do
+};
 
-// Run-time values become types here, once: `run` is called with the element type and the mask.
-template <class Run>
-struct WithMask {
-  const Run& run;
-  DType dtype;
+// The sequences of a call, and parts of `span` rows of them.  Packed sequence s owns the parts from q0 / span + s on,
+// whatever the others' lengths; some of those are empty.
+struct Sequences {
+  int64_t B = 0, Nq = 0, Nk = 0;  // of the tensors
+  const int32_t *cu_q = nullptr, *cu_k = nullptr;
+  int64_t num = 0;  // packed
 
-  template <class M>
-  struct WithType {
-    const Run& run;
-    const M& mask;
-    template <class T>
-    void operator()(Type<T> type) const {
-      run(type, mask);
+  bool is_packed() const { return cu_q; }
+  int64_t count() const { return is_packed() ? num : B; }
+  int64_t parts(int64_t N, int64_t span) const {  // of a batch of the tensors
+    return is_packed() ? (num ? N / span + num : 0) : (N + span - 1) / span;
+  }
+  int64_t first_part(const Sequence& s, int64_t start, int64_t span) const {
+    return is_packed() ? start / span + s.b : 0;
+  }
+  Sequence dense(int64_t b, int64_t part) const { return {b, b, 0, 0, Nq, Nk, part}; }
+  Sequence packed(int64_t s) const {
+    return {s, 0, cu_q[s], cu_k[s], cu_q[s + 1] - cu_q[s], cu_k[s + 1] - cu_k[s], 0};
+  }
+  // Part `part` of batch b, counted along `cu`.
+  Sequence at(int64_t b, int64_t part, const int32_t* cu, int64_t span) const {
+    if (!is_packed()) return dense(b, part);
+    int64_t low = 0, high = num;  // the last sequence whose parts begin at `part` or before
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (cu[middle] / span + middle <= part ? low : high) = middle;
     }
-  };
-  template <class M>
-  void operator()(const M& mask) const {
-    dispatch(types<float, bf16, f16>, "q.dtype", dtype, WithType<M>{run, mask});
+    Sequence s = packed(low);
+    s.part = part - (cu[low] / span + low);
+    return s;
+  }
+  void check(const Maybe& q_ends, const Maybe& k_ends) {
+    if (!q_ends && !k_ends) return;
+    FASTATTN_CHECK(q_ends && k_ends && B == 1, "packed sequences take cu_q, cu_k and B = 1; B is ",
+                   B);
+    const View<const int32_t, 1> ends_q(*q_ends), ends_k(*k_ends);
+    num = ends_q.shape[0] - 1, cu_q = ends_q.data, cu_k = ends_k.data;
+    FASTATTN_CHECK(num >= 0 && ends_k.shape[0] == num + 1 && (ends_q.stride[0] == 1 || num == 0) &&
+                       (ends_k.stride[0] == 1 || num == 0),
+                   "cu_q is ", text(*q_ends), " and cu_k is ", text(*k_ends),
+                   "; they take as many numbers, one after another");
+    for (int64_t s = 0; s <= num; ++s)
+      FASTATTN_CHECK(s ? cu_q[s] >= cu_q[s - 1] && cu_k[s] >= cu_k[s - 1] : !cu_q[0] && !cu_k[0],
+                     "cu_q[", s, "] is ", cu_q[s], " and cu_k[", s, "] is ", cu_k[s],
+                     "; they must ascend from 0");
+    FASTATTN_CHECK((num ? cu_q[num] : 0) == Nq && (num ? cu_k[num] : 0) == Nk,
+                   "cu_q and cu_k end before ", Nq, " and ", Nk, ", the rows given");
   }
 };
+
+template <class T>
+Strided<T> rows_of(const View<T, 4>& t, const Sequence& s, int64_t h, int64_t start) {
+  return {t.at(s.row, h, start), t.stride[2]};
+}
+
+// Everything of a call that is not a row: api.py's arguments, read and checked.
+struct Options {
+  Sequences sequences;
+  Term bias[2], weight;
+  const float* sinks = nullptr;
+  const int32_t* heads = nullptr;
+  MaskTensors tensors;
+  Ints mask;
+  double scale, softcap, dropout;
+  Clip clip;
+  int64_t seed = 0, Hq, Hk;
+
+  Options(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionExtras& extras,
+          Ints mask, Floats numbers)
+      : mask(mask), Hq(q.shape[1]), Hk(k.shape[1]) {
+    const auto& [bias_, bias_index, bias2, bias2_index, weight_, weight_index, sinks_, visible,
+                 blocks, heads_, cu_q, cu_k, seed_] = extras;
+    FASTATTN_CHECK(q.ndim == 4 && k.ndim == 4 && v.ndim == 4, "q, k, v are ", text(q), ", ",
+                   text(k), ", ", text(v), "; they take 4 axes");
+    FASTATTN_CHECK(q.shape[3] <= 256 && v.shape[3] <= 256, "D is ", q.shape[3], " and Dv is ",
+                   v.shape[3], "; at most 256");
+    FASTATTN_CHECK(heads_ || Hq == Hk || (Hk > 0 && Hq % Hk == 0), "Hq is ", Hq, " and Hk is ", Hk,
+                   "; Hq must be a multiple of Hk");
+    FASTATTN_CHECK(numbers.size() == 5, "numbers has ", numbers.size(), " numbers; it takes 5");
+    scale = numbers[0], softcap = numbers[1], dropout = numbers[4];
+    clip = {static_cast<float>(numbers[2]), static_cast<float>(numbers[3])};
+    sequences = {q.shape[0], q.shape[2], k.shape[2]};
+    sequences.check(cu_q, cu_k);
+    const int64_t B = sequences.count();
+    bias[0] = Term("bias", bias_, bias_index, B, Hq);
+    bias[1] = Term("bias2", bias2, bias2_index, B, Hq);
+    weight = Term("weight", weight_, weight_index, B, Hq);
+    if (sinks_) sinks = View<const float, 1>("sinks", *sinks_, {Hq}).data;
+    if (heads_) {
+      heads = View<const int32_t, 1>("heads", *heads_, {Hq}).data;
+      for (int64_t h = 0; h < Hq; ++h)
+        FASTATTN_CHECK(heads[h] >= 0 && heads[h] < Hk, "heads[", h, "] is ", heads[h], "; Hk is ",
+                       Hk);
+    }
+    if (blocks) {
+      const View<const bool, 1> t(*blocks);
+      FASTATTN_CHECK(t.stride[0] == 1 || t.shape[0] < 2, "blocks must be contiguous");
+      tensors.blocks = t.data, tensors.num_blocks = t.shape[0];
+    }
+    if (visible) {
+      const View<const bool, 4> t(*visible);
+      tensors.dense = t.data;
+      std::copy_n(t.shape, 4, tensors.dense_shape);
+      std::copy_n(t.stride, 4, tensors.dense_stride);
+    }
+    if (dropout != 0) {
+      FASTATTN_CHECK(seed_ && dropout > 0 && dropout < 1, "dropout is ", dropout,
+                     "; it takes a number in [0, 1), and a seed");
+      seed = *View<const int64_t, 1>("seed", *seed_, {1}).data;
+    }
+  }
+
+  // Nothing but a scale and a band: the fast case.
+  bool is_plain() const {
+    return is_band(mask) && bias[0].form == Form::none && bias[1].form == Form::none && !sinks &&
+           weight.form == Form::none && softcap == 0 && !clip.is_on() && dropout == 0;
+  }
+  bool has_bias() const { return bias[0].form != Form::none; }
+  bool has_factor() const { return weight.form != Form::none || dropout != 0; }
+  int64_t key_head(int64_t h) const { return heads ? heads[h] : h / (Hq / Hk); }
+  // How many of the query heads that read key heads before `hk`, or `hk` and come before h, come before h.
+  int64_t rank(int64_t h) const {
+    int64_t before = 0;
+    if (!heads) return h;
+    for (int64_t g = 0; g < Hq; ++g)
+      before += heads[g] < heads[h] || (heads[g] == heads[h] && g < h);
+    return before;
+  }
+};
+
+// The mask of a batch and head.
+template <class M>
+M mask_of(const Options& options, const Sequence& s, int64_t h) {
+  if constexpr (std::is_same_v<M, Band>)
+    return Band(options.mask.subspan(1), s.Nq, s.Nk);
+  else
+    return Formula(options.mask, s.Nq, s.Nk, options.tensors, s.b, h);
+}
+
+template <bool Plain, class Mul>
+std::conditional_t<Plain, Scale, Bent> score_of(const Options& options) {
+  const float scale = static_cast<float>(options.scale), cap = static_cast<float>(options.softcap);
+  if constexpr (Plain)
+    return {scale * Mul::kUnit};
+  else
+    return {scale, Mul::kUnit, cap, cap == 0 ? 0.0f : 1 / cap};
+}
+
+// What a kernel reads beside the products: tiles whose rows are keys and whose lanes are queries.  Absent ones are null.
+struct Extras {
+  float *added = nullptr, *factor = nullptr;  // to logits; by which weights are multiplied
+  Lookup bias[2], weight;
+  Keep keep;
+  bool has_keep;
+
+  void begin(const Options& options, const Sequence& s, int64_t h) {
+    for (int i = 0; i < 2; ++i)
+      bias[i] = options.bias[i].at(i ? "bias2" : "bias", s.b, h, s.Nq, s.Nk);
+    weight = options.weight.at("weight", s.b, h, s.Nq, s.Nk);
+    has_keep = options.dropout != 0;
+    keep = {options.seed,
+            static_cast<uint32_t>(
+                std::min(std::nearbyint(options.dropout * 4294967296.0), 4294967295.0)),
+            static_cast<uint32_t>(s.b), static_cast<uint32_t>(h),
+            static_cast<float>(1 / (1 - options.dropout))};
+  }
+  // For the pairs [i0, i1) x [j0, j1).  Rows are `ld` lanes; the row past j1 is the partner of an odd last key.
+  template <class M>
+  void read(const M& mask, const Runs& runs, int64_t ld, int64_t i0, int64_t i1, int64_t j0,
+            int64_t j1) const {
+    const int64_t lanes = up(i1 - i0, W);
+    for (int i = 0; i < 2; ++i)
+      if (bias[i].is_given()) fill(bias[i], added, ld, i0, i1, j0, j1, i == 0);
+    if (!bias[0].is_given())
+      for (int64_t j = j0; j < j1; ++j) std::fill_n(added + (j - j0) * ld, lanes, 0.0f);
+    for (const Run& run : runs)
+      if (run.partial)
+        for (int64_t j = run.j0; j < run.j1; ++j)
+          for (int v = run.v0; v < run.v1; ++v) {
+            float* const at = added + j * ld + v * W;
+            store(at, select(visible(mask, static_cast<int>(i0) + v * W, static_cast<int>(j0 + j)),
+                             load(at), splat(-kInf)));
+          }
+    if (!factor) return;
+    if (weight.is_given()) fill(weight, factor, ld, i0, i1, j0, j1, true);
+    if (has_keep) keep.fill(factor, ld, i0, i1, j0, j1, !weight.is_given());
+    std::fill_n(factor + (j1 - j0) * ld, lanes, 0.0f);
+  }
+};
+
+// Run-time values become types here, once: `run` is called with the element type and whether the call is plain.
+template <class Run>
+struct WithKind {
+  const Run& run;
+  bool is_plain;
+  template <class T>
+  void operator()(Type<T> type) const {
+    is_plain ? run(type, Value<true>{}) : run(type, Value<false>{});
+  }
+};
+template <class Run>
+void dispatch_kind(const Tensor& q, const Options& options, const Run& run) {
+  dispatch(types<float, bf16, f16>, "q.dtype", q.dtype, WithKind<Run>{run, options.is_plain()});
+}
 
 }  // namespace
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -1,27 +1,45 @@
-"""Masks inside Triton kernels: which pairs (i, j) are visible, and which ranges can be skipped.
+"""Masks inside Triton kernels: which pairs (i, j) are visible, and which tiles can be skipped.
 
-A mask crosses from Python as integers (fastattn/masks.py, ``encode``); ``encode`` below turns them
-into the NamedTuple that kernels carry, and the functions after it are all that a kernel may ask:
+A mask crosses from Python as a formula in postfix order (fastattn/masks.py, ``KINDS``); ``encode``
+below turns it into a tree of NamedTuples that kernels carry, and the functions after it are all that
+a kernel may ask.  ``place`` says which batch and query head, and how long they are (triton_pairs).
 
-    visible(mask, i, j)                  the definition, elementwise
-    keys(mask, i0, i1, Nq, Nk)           range of keys that some query of [i0, i1) may see
+    visible(mask, place, i, j)           the definition, elementwise
+    keys(mask, i0, i1, Nq, Nk)           range of keys outside which no query of [i0, i1) sees any
+    queries(mask, j0, j1, Nq, Nk)        the same the other way round
     keys_all(mask, i0, i1, Nq, Nk)       range of keys that every query of [i0, i1) sees
-    queries(mask, j0, j1, Nq, Nk)        the same two questions the other way round
     queries_all(mask, j0, j1, Nq, Nk)
+    found(mask, place, i0, i1, j0, j1)   of the pairs [i0, i1) x [j0, j1): ALL are visible, SOME may
+                                         be, or NONE is
 
-Ranges are [begin, end) with 0 <= begin; end may lie before begin, which means none.
+Ranges are [begin, end) with 0 <= begin; end may lie before begin, which means none.  Those of a band
+are tight; of other masks ``all`` is empty, and tiles are asked for with ``found``.
 
-A new mask adds a NamedTuple and its row in ``_KINDS``, gives every mask a constexpr field that
-tells them apart, and branches on it in these functions.  Kernels do not change.  The same masks in
-C++ are in csrc/core/masks.h.
+``found`` is exact where a part of the mask is regular (band, prefix, dilated) and looks at the data
+where it is not: the blocks of the layout that a tile meets, or the tile of the bool tensor.  Of ``&``
+it is the least and of ``|`` the most of both sides, which may say SOME for ALL or NONE, never more.
+
+A new mask adds a NamedTuple, its row in ``_KINDS`` and a branch on its KIND in these functions.
+Kernels do not change.  The same masks in C++ are in csrc/core/masks.h.
+
+One file because a kind of mask answers every question, and the answers must agree.
 """
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
+from fastattn.kernels.common import triton_pairs as pairs
+
 FAR = 1 << 30  # beyond every sequence; no bound at all
+FAR_AWAY = tl.constexpr(FAR)
+WIDTH = 6  # integers a node, as in fastattn/masks.py
+NONE, SOME, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# The kinds of nodes, after fastattn/masks.py, and bands whose limits are still to be found.  A KIND is
+# the last field of its node: Triton 3.6 forgets constants inside a tuple's tuples if none follows them.
+BAND, DILATED, PREFIX, BLOCKS, DENSE, AND, OR, BOUNDS = (tl.constexpr(kind) for kind in range(8))
 
 
 class Band(NamedTuple):
@@ -29,59 +47,328 @@ class Band(NamedTuple):
 
     lo: Any
     hi: Any
+    KIND: Any
 
 
-def _band(bounds, Nq, Nk):
-    left, right, left_top, right_top = bounds
-    shift = Nk - Nq  # the last query stands at the last key
+class Bounds(NamedTuple):
+    """A band as fastattn.masks.Band says it, for lengths that only the GPU knows."""
+
+    left: Any
+    right: Any
+    left_top: Any
+    right_top: Any
+    KIND: Any
+
+
+class Dilated(NamedTuple):
+    """Keys at most ``reach`` away from the query's position, a multiple of ``step``."""
+
+    reach: Any
+    step: Any
+    KIND: Any
+
+
+class Prefix(NamedTuple):
+    """The first n keys."""
+
+    n: Any
+    KIND: Any
+
+
+class Blocks(NamedTuple):
+    """Blocks of ``block`` queries by ``block`` keys, by a layout [H|1, num_i, num_j] of bytes.
+
+    A tile meets at most MEETS_I by MEETS_J of them (powers of two).
+    """
+
+    p: Any
+    stride_h: Any
+    num_i: Any
+    num_j: Any
+    block: Any
+    MEETS_I: Any
+    MEETS_J: Any
+    KIND: Any
+
+
+class Dense(NamedTuple):
+    """A bool tensor, as bytes; ``found`` looks at tiles of BM x BN of it."""
+
+    bytes: Any
+    BM: Any
+    BN: Any
+    KIND: Any
+
+
+class Both(NamedTuple):
+    """``first & second``, or ``first | second``."""
+
+    first: Any
+    second: Any
+    KIND: Any
+
+
+class Call(NamedTuple):
+    """What nodes are made of beside their parameters."""
+
+    Nq: Any
+    Nk: Any
+    is_packed: Any
+    blocks: Any
+    visible: Any
+    BM: Any
+    BN: Any
+
+
+def _band(call, left, right, left_top, right_top, _):
+    if call.is_packed:
+        return Bounds(left, right, left_top, right_top, BOUNDS)
+    shift = call.Nk - call.Nq  # the last query stands at the last key
     # An absent bound is one number whatever the lengths: Triton compiles a kernel again for other
     # kinds of numbers (1, multiples of 16).
     return Band(
         lo=max(-FAR if left >= FAR else shift - left, -left_top),
         hi=min(FAR if right >= FAR else shift + right, right_top),
+        KIND=BAND,
     )
 
 
-_KINDS = (_band,)  # in the order of fastattn.masks.KINDS
+def _dilated(call, reach, step, *_):
+    return Dilated(reach, step, DILATED)
 
 
-def encode(code, Nq, Nk):
-    """The mask that kernels carry, of the integers [kind, parameters...]."""
-    kind, *parameters = code
-    return _KINDS[kind](parameters, Nq, Nk)
+def _prefix(call, n, *_):
+    return Prefix(n, PREFIX)
+
+
+def _blocks(call, offset, H, num_i, num_j, block):
+    layout = call.blocks.view(torch.uint8)[offset:]
+    meets = (min(B, triton.next_power_of_2((B - 2) // block + 2)) for B in (call.BM, call.BN))
+    return Blocks(
+        layout,
+        num_i * num_j if H > 1 else 0,
+        num_i,
+        num_j,
+        block,
+        *map(tl.constexpr, meets),
+        BLOCKS,
+    )
+
+
+def _dense(call, *_):
+    seen = pairs.pairs(call.visible.view(torch.uint8))
+    return Dense(seen, tl.constexpr(call.BM), tl.constexpr(call.BN), DENSE)
+
+
+_KINDS = (_band, _dilated, _prefix, _blocks, _dense, AND, OR)  # in the order of fastattn.masks
+
+
+def encode(code, Nq, Nk, is_packed=False, blocks=None, visible=None, BM=64, BN=64):
+    """The mask that kernels carry, of the formula [kind, five parameters, kind, ...]."""
+    call = Call(Nq, Nk, is_packed, blocks, visible, BM, BN)
+    stack = []
+    for at in range(0, len(code), WIDTH):
+        make = _KINDS[code[at]]
+        if isinstance(make, tl.constexpr):
+            second, first = stack.pop(), stack.pop()
+            stack.append(Both(first, second, make))
+        else:
+            stack.append(make(call, *code[at + 1 : at + WIDTH]))
+    (mask,) = stack
+    return mask
+
+
+def is_band(mask):
+    """Whether ranges say everything, so that tiles need not be asked one by one."""
+    return isinstance(mask, (Band, Bounds))
+
+
+# ---- Elementwise --------------------------------------------------------------------------------
 
 
 @triton.jit
-def visible(mask, i, j):
+def visible(mask, place, i, j):
     """One of i and j is a column [n, 1], the other a row [1, n].
 
     The column does the arithmetic: a thread holds few rows of a tile and many columns.
     """
-    if i.shape[1] == 1:
-        seen = (j >= i + mask.lo) & (j <= i + mask.hi)
+    if mask.KIND == BAND or mask.KIND == BOUNDS:
+        lo, hi = _limits(mask, place.Nq, place.Nk)
+        if i.shape[1] == 1:
+            seen = (j >= i + lo) & (j <= i + hi)
+        else:
+            seen = (i <= j - lo) & (i >= j - hi)
+    elif mask.KIND == DILATED:
+        away = j - i - (place.Nk - place.Nq)
+        seen = (tl.abs(away) <= mask.reach) & (away % mask.step == 0)
+    elif mask.KIND == PREFIX:
+        seen = j < mask.n
+    elif mask.KIND == BLOCKS:
+        seen = _layout(mask, place, i // mask.block, j // mask.block) != 0
+    elif mask.KIND == DENSE:
+        seen = pairs.load(mask.bytes, place, i, j) != 0
+    elif mask.KIND == AND:
+        seen = visible(mask.first, place, i, j) & visible(mask.second, place, i, j)
     else:
-        seen = (i <= j - mask.lo) & (i >= j - mask.hi)
+        seen = visible(mask.first, place, i, j) | visible(mask.second, place, i, j)
     return seen
 
 
 @triton.jit
-def keys(mask, i0, i1, Nq, Nk):
-    return tl.maximum(i0 + mask.lo, 0), tl.minimum(i1 + mask.hi, Nk)
+def _limits(mask, Nq, Nk):
+    """The limits of a band on j - i."""
+    if mask.KIND == BAND:
+        lo, hi = mask.lo, mask.hi
+    else:
+        lo = tl.where(mask.left >= FAR_AWAY, -FAR_AWAY, Nk - Nq - mask.left)
+        hi = tl.where(mask.right >= FAR_AWAY, FAR_AWAY, Nk - Nq + mask.right)
+        lo, hi = tl.maximum(lo, -mask.left_top), tl.minimum(hi, mask.right_top)
+    return lo, hi
 
 
 @triton.jit
-def keys_all(mask, i0, i1, Nq, Nk):
-    return tl.maximum(i1 - 1 + mask.lo, 0), tl.minimum(i0 + mask.hi + 1, Nk)
+def _layout(mask, place, bi, bj):
+    """The layout at rows bi [n, 1] or [1, n] of blocks and columns bj the other way; 0 outside."""
+    p_head = mask.p + tl.cast(place.h, tl.int64) * mask.stride_h
+    inside = (bi < mask.num_i) & (bj < mask.num_j)
+    return tl.load(p_head + (bi.to(tl.int64) * mask.num_j + bj), mask=inside, other=0)
+
+
+# ---- Ranges -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def keys(mask, i0, i1, Nq, Nk):
+    if mask.KIND == BAND or mask.KIND == BOUNDS:
+        lo, hi = _limits(mask, Nq, Nk)
+        begin, end = tl.maximum(i0 + lo, 0), tl.minimum(i1 + hi, Nk)
+    elif mask.KIND == DILATED:
+        begin = tl.maximum(i0 + (Nk - Nq) - mask.reach, 0)
+        end = tl.minimum(i1 + (Nk - Nq) + mask.reach, Nk)
+    elif mask.KIND == PREFIX:
+        begin, end = i0 * 0, tl.minimum(mask.n, Nk) + i0 * 0
+    elif mask.KIND == BLOCKS:
+        rows_end = _least(mask.num_i, mask.block, Nq)
+        begin, end = i0 * 0, tl.where(i0 < rows_end, _least(mask.num_j, mask.block, Nk), 0)
+    elif mask.KIND == DENSE:
+        begin, end = i0 * 0, Nk + i0 * 0
+    else:
+        begin, end = _hull(
+            mask.KIND, keys(mask.first, i0, i1, Nq, Nk), keys(mask.second, i0, i1, Nq, Nk)
+        )
+    return begin, end
 
 
 @triton.jit
 def queries(mask, j0, j1, Nq, Nk):
-    return tl.maximum(j0 - mask.hi, 0), tl.minimum(j1 - mask.lo, Nq)
+    if mask.KIND == BAND or mask.KIND == BOUNDS:
+        lo, hi = _limits(mask, Nq, Nk)
+        begin, end = tl.maximum(j0 - hi, 0), tl.minimum(j1 - lo, Nq)
+    elif mask.KIND == DILATED:
+        begin = tl.maximum(j0 - (Nk - Nq) - mask.reach, 0)
+        end = tl.minimum(j1 - (Nk - Nq) + mask.reach, Nq)
+    elif mask.KIND == PREFIX:
+        begin, end = j0 * 0, tl.where(j0 < mask.n, Nq, 0)
+    elif mask.KIND == BLOCKS:
+        columns_end = _least(mask.num_j, mask.block, Nk)
+        begin, end = j0 * 0, tl.where(j0 < columns_end, _least(mask.num_i, mask.block, Nq), 0)
+    elif mask.KIND == DENSE:
+        begin, end = j0 * 0, Nq + j0 * 0
+    else:
+        begin, end = _hull(
+            mask.KIND, queries(mask.first, j0, j1, Nq, Nk), queries(mask.second, j0, j1, Nq, Nk)
+        )
+    return begin, end
+
+
+@triton.jit
+def _hull(KIND, a, b):
+    if KIND == AND:
+        begin, end = tl.maximum(a[0], b[0]), tl.minimum(a[1], b[1])
+    else:
+        begin, end = tl.minimum(a[0], b[0]), tl.maximum(a[1], b[1])
+    return begin, end
+
+
+@triton.jit
+def _least(num, block, N):
+    """What ``num`` blocks cover of N; their product may pass 32 bits."""
+    return tl.where(num >= tl.cdiv(N, block), N, num * block)
+
+
+@triton.jit
+def keys_all(mask, i0, i1, Nq, Nk):
+    if mask.KIND == BAND or mask.KIND == BOUNDS:
+        lo, hi = _limits(mask, Nq, Nk)
+        begin, end = tl.maximum(i1 - 1 + lo, 0), tl.minimum(i0 + hi + 1, Nk)
+    else:
+        begin, end = i0 * 0, i0 * 0
+    return begin, end
 
 
 @triton.jit
 def queries_all(mask, j0, j1, Nq, Nk):
-    return tl.maximum(j1 - 1 - mask.hi, 0), tl.minimum(j0 - mask.lo + 1, Nq)
+    if mask.KIND == BAND or mask.KIND == BOUNDS:
+        lo, hi = _limits(mask, Nq, Nk)
+        begin, end = tl.maximum(j1 - 1 - hi, 0), tl.minimum(j0 - lo + 1, Nq)
+    else:
+        begin, end = j0 * 0, j0 * 0
+    return begin, end
+
+
+# ---- Tiles --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def found(mask, place, i0, i1, j0, j1):
+    """NONE, SOME or ALL of [i0, i1) x [j0, j1), neither empty."""
+    if mask.KIND == BAND or mask.KIND == BOUNDS:
+        least, most = j0 - i1 + 1, j1 - 1 - i0  # of j - i
+        lo, hi = _limits(mask, place.Nq, place.Nk)
+        is_none = (most < lo) | (least > hi)
+        is_all = (least >= lo) & (most <= hi)
+        answer = tl.where(is_none, 0, tl.where(is_all, 2, 1))
+    elif mask.KIND == DILATED:
+        shift = place.Nk - place.Nq
+        least, most = j0 - i1 + 1 - shift, j1 - 1 - i0 - shift
+        inside = (least >= -mask.reach) & (most <= mask.reach)
+        inside = inside & ((mask.step == 1) | (least == most))
+        # Is a multiple of step among the offsets from ``near`` to ``far`` of one side, or among both?
+        near = tl.maximum(tl.maximum(least, -most), 0)
+        far = tl.minimum(tl.where(least > 0, most, -least), mask.reach)
+        is_none = (near > 0) & (far // mask.step * mask.step < near)
+        answer = tl.where(is_none, 0, tl.where(inside, 2, 1))
+    elif mask.KIND == PREFIX:
+        answer = tl.where(j0 >= mask.n, 0, tl.where(j1 <= mask.n, 2, 1))
+    elif mask.KIND == BLOCKS:
+        bi = i0 // mask.block + tl.arange(0, mask.MEETS_I)[:, None]
+        bj = j0 // mask.block + tl.arange(0, mask.MEETS_J)[None, :]
+        met = (bi <= (i1 - 1) // mask.block) & (bj <= (j1 - 1) // mask.block)
+        answer = _count(_layout(mask, place, bi, bj), met)
+    elif mask.KIND == DENSE:
+        i = i0 + tl.arange(0, mask.BM)[:, None]
+        j = j0 + tl.arange(0, mask.BN)[None, :]
+        answer = _count(pairs.load(mask.bytes, place, i, j), (i < i1) & (j < j1))
+    elif mask.KIND == AND:
+        answer = tl.minimum(
+            found(mask.first, place, i0, i1, j0, j1), found(mask.second, place, i0, i1, j0, j1)
+        )
+    else:
+        answer = tl.maximum(
+            found(mask.first, place, i0, i1, j0, j1), found(mask.second, place, i0, i1, j0, j1)
+        )
+    return answer
+
+
+@triton.jit
+def _count(shown, met):
+    """NONE, SOME or ALL of the bytes ``shown``, of which those that ``met`` count."""
+    is_any = tl.max(tl.max((met & (shown != 0)).to(tl.int32), 1), 0)
+    is_all = 1 - tl.max(tl.max((met & (shown == 0)).to(tl.int32), 1), 0)
+    return is_any + (is_any & is_all)
+
+
+# ---- Walking a range by tiles -------------------------------------------------------------------
 
 
 class Walk(NamedTuple):

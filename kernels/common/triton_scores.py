@@ -2,15 +2,16 @@
 
 A kernel forms the raw product s = q . k and asks
 
-    logits(score, s, i, j)           what is done to each product; a logit is  factor * logits
-    factor(score)                    a number; all there is to plain scaling, where it melts into
-                                     the softmax's subtraction
-    logits_grad(score, ds, s, i, j)  from gradients at the logits to gradients at  scale * products
-    scale(score)                     what dq and dk are multiplied by in the end
-    orient(score, q)                 q with the sign that makes factor >= 0
+    logits(score, s, place, i, j)      what is done to each product; a logit is  factor * logits
+    factor(score)                      a number; all there is to plain scaling, where it melts into
+                                       the softmax's subtraction
+    logits_grad(score, ds, s)          from gradients at the logits to gradients at  scale * products
+    scale(score)                       what dq and dk are multiplied by in the end
+    orient(score, q)                   q with the sign that makes factor >= 0
+    score.MAY_HIDE                     whether a logit may be -inf, which hides a pair as a mask does
 
-A soft-cap or a bias adds a NamedTuple, a constexpr field that tells the scores apart, and a branch
-in these functions.  Kernels do not change.
+A further rule adds a field, None where it is absent, and a branch in these functions.  Kernels do not
+change.
 """
 
 from typing import Any, NamedTuple
@@ -18,23 +19,35 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fastattn.kernels.common import triton_terms as terms
 from fastattn.kernels.common.triton_dtypes import narrow
 
 
-class Scale(NamedTuple):
-    """s_ij = scale * q_i . k_j"""
+class Score(NamedTuple):
+    """s_ij = softcap * tanh(scale * q_i . k_j / softcap) + bias_ij + bias2_ij"""
 
     scale: Any
     is_negative: Any  # constexpr, since orienting q costs registers in which it must be held
+    softcap: Any
+    bias: Any
+    bias2: Any
+    NUM_BIASES: Any  # constexpr
+    IS_SCALE: Any  # constexpr: scaling is all
+    MAY_HIDE: Any
 
 
-def encode(scale):
-    return Scale(scale, tl.constexpr(scale < 0))
+def encode(scale, softcap=0.0, bias=None, bias2=None):
+    num_biases = (bias is not None) + (bias2 is not None)
+    is_scale = not softcap and not num_biases
+    return Score(
+        scale, tl.constexpr(is_scale and scale < 0), softcap or None, bias, bias2,
+        *map(tl.constexpr, (num_biases, is_scale, num_biases > 0)),
+    )  # fmt: skip
 
 
 @triton.jit
 def factor(score):
-    return score.scale
+    return score.scale if score.IS_SCALE else 1.0
 
 
 @triton.jit
@@ -48,10 +61,32 @@ def orient(score, q):
 
 
 @triton.jit
-def logits(score, s, i, j):
+def logits(score, s, place, i, j):
+    if not score.IS_SCALE:
+        s = s * score.scale
+        if score.softcap is not None:
+            s = score.softcap * _tanh(s / score.softcap)
+        if score.NUM_BIASES >= 1:
+            s += terms.value(score.bias, place, i, j)
+        if score.NUM_BIASES == 2:
+            s += terms.value(score.bias2, place, i, j)
     return s
 
 
 @triton.jit
-def logits_grad(score, ds, s, i, j):
+def logits_grad(score, ds, s):
+    if score.softcap is not None:
+        t = _tanh(s * score.scale / score.softcap)
+        ds = ds * (1.0 - t * t)
     return ds
+
+
+@triton.jit
+def _tanh(x):
+    """To a few units in the last place, near 0 too: there by the odd polynomial of Cephes' tanhf."""
+    y = x * x
+    near = 2.06390887954e-2 + y * -5.70498872745e-3
+    near = 1.33314422036e-1 + y * (-5.37397155531e-2 + y * near)
+    near = x + x * y * (-3.33332819422e-1 + y * near)
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(y < 0.390625, near, tl.where(x < 0, -far, far))

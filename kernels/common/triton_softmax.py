@@ -28,14 +28,14 @@ def _exp(x, NARROW: tl.constexpr):
 
 
 @triton.jit
-def absorb(x, factor, m, l, NARROW: tl.constexpr, PARTIAL: tl.constexpr):
+def absorb(x, factor, m, l, NARROW: tl.constexpr, MAY_HIDE: tl.constexpr):
     """Take in logits factor * x [BM, BN], factor >= 0.
 
     Returns weights p [BM, BN], what earlier sums are multiplied by [BM], and the new m and l [BM].
     """
     m_new = tl.maximum(m, tl.max(x, 1) * factor)  # [BM]
     origin = m_new
-    if PARTIAL:  # all of the row may be masked so far; subtract a finite number then
+    if MAY_HIDE:  # all of the row may be masked so far; subtract a finite number then
         origin = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = _exp(x * factor - origin[:, None], NARROW)  # [BM, BN]
     rescale = _exp(m - origin, NARROW)  # [BM]
@@ -48,6 +48,19 @@ def finish(acc, m, l, NARROW: tl.constexpr):
     l = tl.where(l == 0.0, 1.0, l)
     lse = (m + tl.log2(l)) * LN2 if NARROW else m + tl.log(l)
     return acc / l[:, None], lse
+
+
+@triton.jit
+def settle(m, l, NARROW: tl.constexpr):
+    """m and l of the whole row such that exp(x - m) is its softmax: l is 1."""
+    total = tl.where(l == 0.0, 1.0, l)
+    return m + (tl.log2(total) if NARROW else tl.log(total)), tl.where(l == 0.0, 0.0, 1.0)
+
+
+@triton.jit
+def settled(x, factor, m, NARROW: tl.constexpr):
+    """The softmax p [BM, BN] of the logits factor * x, by the m that ``settle`` gives."""
+    return _exp(x * factor - tl.where(m == float("-inf"), float("inf"), m)[:, None], NARROW)
 
 
 @triton.jit

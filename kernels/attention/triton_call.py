@@ -1,0 +1,141 @@
+"""What is said of a call of attention beside its tensors, and what a tile of queries and keys makes of it.
+
+``call`` takes the op's arguments, ``how`` what kernels carry of them; the functions in Triton are what
+all passes have in common.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from fastattn.kernels.common import triton_launch as launch
+from fastattn.kernels.common import triton_masks as masks
+from fastattn.kernels.common import triton_rows as rows
+from fastattn.kernels.common import triton_scores as scores
+from fastattn.kernels.common import triton_softmax as softmax
+from fastattn.kernels.common import triton_terms as terms
+from fastattn.kernels.common import triton_weights as weights
+from fastattn.kernels.common.triton_dtypes import dot
+
+
+class Size(NamedTuple):
+    """Widths, the powers of two that hold them, and a tile's queries and keys; all constexpr."""
+
+    D: Any
+    DV: Any
+    BD: Any
+    BDV: Any
+    BM: Any
+    BN: Any
+
+
+class Heads(NamedTuple):
+    """The key head of query head h is p[h], at most ``last``."""
+
+    p: Any
+    last: Any
+
+
+class How(NamedTuple):
+    """Which pairs are seen, what happens to logits and to weights, who reads which keys, and tiles."""
+
+    mask: Any
+    score: Any
+    weigh: Any
+    heads: Any  # None: h // group
+    size: Any
+    IS_BAND: Any  # constexpr: the mask's ranges say everything
+
+
+class Call(NamedTuple):
+    """What a launch needs beside the tensors that a kernel reads and writes."""
+
+    q: Any
+    k: Any
+    v: Any
+    code: Any  # the mask's formula
+    blocks: Any
+    visible: Any
+    score: Any
+    weigh: Any
+    heads: Any
+    cu_q: Any
+    cu_k: Any
+    is_plain: Any  # a band, and nothing beside scaling
+
+
+def call(
+    q, k, v, bias, bias_index, bias2, bias2_index, weight, weight_index, sinks, visible, blocks, heads,
+    cu_q, cu_k, seed, code, numbers,
+):  # fmt: skip
+    scale, softcap, low, high, dropout = numbers
+    score = scores.encode(
+        scale, softcap, terms.encode(bias, bias_index), terms.encode(bias2, bias2_index)
+    )
+    weigh = weights.encode(sinks, low, high, terms.encode(weight, weight_index), seed, dropout)
+    is_plain = len(code) == masks.WIDTH and code[0] == 0 and bool(score.IS_SCALE and weigh.IS_PLAIN)
+    return Call(q, k, v, code, blocks, visible, score, weigh, heads, cu_q, cu_k, is_plain)
+
+
+def how(c, BM, BN):
+    """``c`` for kernels whose tiles are BM x BN."""
+    D, DV = c.q.shape[3], c.v.shape[3]
+    size = (D, DV, launch.block(D), launch.block(DV), BM, BN)
+    mask = masks.encode(
+        c.code, c.q.shape[2], c.k.shape[2], c.cu_q is not None, c.blocks, c.visible, BM, BN
+    )
+    heads = None if c.heads is None else Heads(c.heads, max(c.k.shape[1] - 1, 0))
+    is_band = tl.constexpr(masks.is_band(mask))
+    return How(mask, c.score, c.weigh, heads, Size(*map(tl.constexpr, size)), is_band)
+
+
+# ---- In kernels ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def key_head(how, h, group):
+    if how.heads is None:
+        hk = h // group
+    else:
+        hk = tl.minimum(tl.maximum(tl.load(how.heads.p + h), 0), how.heads.last)
+    return hk
+
+
+@triton.jit
+def products(q, do, shift, k, v, place, hk, i0, j0, how, PARTIAL: tl.constexpr):
+    """The keys j0 .. j0 + BN; their products s with BM queries, the softmax p, and dw = do . v."""
+    NARROW: tl.constexpr = q.dtype != tl.float32
+    BM: tl.constexpr = how.size.BM
+    BN: tl.constexpr = how.size.BN
+    b, Nk = place.b, place.Nk
+    i = i0 + tl.arange(0, BM)[:, None]
+    j = j0 + tl.arange(0, BN)[None, :]
+    k_tile = rows.load(k, b, hk, j0, Nk, BN, how.size.D, how.size.BD, PARTIAL)  # [BN, BD]
+    v_tile = rows.load(v, b, hk, j0, Nk, BN, how.size.DV, how.size.BDV, PARTIAL)  # [BN, BDV]
+    s = dot(q, tl.trans(k_tile), tl.zeros([BM, BN], tl.float32))  # [BM, BN]
+    x = scores.logits(how.score, s, place, i, j)
+    factor = scores.factor(how.score) * softmax.unit(NARROW)
+    p = softmax.weights(x, factor, shift[:, None], NARROW)  # [BM, BN]
+    if PARTIAL:
+        p = tl.where(masks.visible(how.mask, place, i, j) & (j < Nk), p, 0.0)
+    dw = dot(do, tl.trans(v_tile), tl.zeros([BM, BN], tl.float32))  # [BM, BN]
+    return k_tile, s, p, dw
+
+
+@triton.jit
+def tile_of_keys(how, place, i0, j0):
+    """masks.found of the tile at (i0, j0); ALL only where all its keys exist."""
+    i1 = tl.minimum(i0 + how.size.BM, place.Nq)
+    j1 = tl.minimum(j0 + how.size.BN, place.Nk)
+    found = masks.found(how.mask, place, i0, i1, j0, j1)
+    return tl.where(place.Nk < j0 + how.size.BN, tl.minimum(found, masks.SOME), found)
+
+
+@triton.jit
+def tile_of_queries(how, place, i0, j0):
+    """The same; ALL only where all its queries exist."""
+    i1 = tl.minimum(i0 + how.size.BM, place.Nq)
+    j1 = tl.minimum(j0 + how.size.BN, place.Nk)
+    found = masks.found(how.mask, place, i0, i1, j0, j1)
+    return tl.where(place.Nq < i0 + how.size.BM, tl.minimum(found, masks.SOME), found)
