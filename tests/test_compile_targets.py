@@ -64,9 +64,9 @@ def attend(
     grads = [given.get(name) for name in ("bias", "bias2", "weight", "sinks")]
     needs = [True, True, True, *(t is not None for t in grads)]
     dlse = lse if dlse else None
-    attention.forward(o, lse, q, k, v, *extras, mask, numbers)
+    attention.forward(o, lse, lse, q, k, v, *extras, mask, numbers)
     attention.backward(
-        dq, dk, dv, *grads, do, dlse, q, k, v, *extras, o, lse, mask, numbers, needs
+        dq, dk, dv, *grads, do, dlse, q, k, v, *extras, o, lse, lse, mask, numbers, needs
     )  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def test_ends_that_make_no_sense_touch_nothing_outside(ends: list[int], poisoned
     op, cu = OPS["attention"], torch.tensor(ends, dtype=torch.int32, device=triton_device())
     q, k, v = (torch.randn(1, 1, 20, 16, device=cu.device).requires_grad_() for _ in range(3))
     extras = [cu if name in ("cu_q", "cu_k") else None for name in NAMES]
-    o, lse = op.call(
+    o, lse, _ = op.call(
         q, k, v, *extras, lowered(Causal())[0], (0.25, 0.0, 0.0, 1.0, 0.0), backend="triton"
     )
     grads = torch.autograd.grad(o.sum(), (q, k, v))
