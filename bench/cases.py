@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from fastattn.backends import Backend
 from fastattn.bench.timing import Call
-from fastattn.op import OPS, Backend, Case, Cost, Op
+from fastattn.op import OPS, Case, Cost, Op
 from fastattn.testing import facts, floats, invoke, maker, prove, why_not, with_floats
 
-DIRECTIONS = ("forward", "backward")
 OURS = "fastattn"
 SETS, ENOUGH = (
     3,
@@ -74,7 +74,7 @@ def rows(
         if plain and accepting and accepting[0]:
             yield Row(op, accepting[0][0], dtype, op.cases[0], "forward", "call")
         for case, able in zip(ordered, accepting, strict=True):
-            for direction in DIRECTIONS if able else ():
+            for direction in op.directions if able else ():
                 yield Row(op, able[0], dtype, case, direction)
         heavy = [
             pair
@@ -83,7 +83,7 @@ def rows(
         ][-1:]
         for case, able in heavy if plain or not quick else ():
             isas = [b for b in able if b.family == "cpu" and b.name != "cpu-scalar"]
-            for direction in DIRECTIONS if able and able[0].device == "cpu" else ():
+            for direction in op.directions if able and able[0].device == "cpu" else ():
                 if torch.get_num_threads() > 1:
                     yield Row(op, able[0], dtype, case, direction, "threads")
                 if len(isas) > 1 and able[0] in isas:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from fastattn.backends import compiled_library
 from fastattn.bench.timing import interleave
-from fastattn.op import _native
 
 FLOPS = 4e8  # a call of the arithmetic loops: a few milliseconds
 SAMPLES = 0.06  # seconds
@@ -24,7 +24,7 @@ class Ceilings:
     def __init__(self, backend: str, device: str) -> None:
         self.device = device
         self.isa = backend.removeprefix("cpu-") if backend.startswith("cpu-") else ""
-        native = _native()
+        native = compiled_library()
         self.native = getattr(native, self.isa, None) if native and self.isa else None
         if not hasattr(self.native, "ceiling_fma"):
             self.native = None

@@ -8,7 +8,9 @@ from fastattn.kernels.attention.api import (
     attention_varlen,
     column_attention,
 )
+from fastattn.kernels.decode.api import attention_decode
 from fastattn.kernels.norm.api import add_norm
+from fastattn.merge import merge_attention
 from fastattn.op import Unsupported
 
 __version__ = "0.1.0"
@@ -16,12 +18,14 @@ __all__ = [
     "Unsupported",
     "add_norm",
     "attention",
+    "attention_decode",
     "attention_importance",
     "attention_varlen",
     "bias",
     "column_attention",
     "explain",
     "masks",
+    "merge_attention",
     "using",
 ]
 

@@ -43,8 +43,9 @@ class Axes:
 
     def _table(self, tensors: tuple[Any, ...]) -> str:
         width = max(len(" ".join(letters)) for letters in self.specs.values()) + 2
+        lead = max(map(len, self.specs)) + 1
         return "\n".join(
-            f"  {name}: {' '.join(letters):<{width}}= {list(t.shape)}"
+            f"  {name + ':':<{lead}} {' '.join(letters):<{width}}= {list(t.shape)}"
             for (name, letters), t in zip(self.specs.items(), tensors)
         )
 
@@ -138,6 +139,14 @@ def given(value: Any) -> str:
 def shown(*values: Any) -> str:
     """dtypes and layouts as users type them: "float32, bfloat16"."""
     return ", ".join(str(value).removeprefix("torch.") for value in values)
+
+
+def described(t: Any) -> str:
+    """A value as sentences show it: "float32[3, 16] on cpu"; the type of what is no tensor."""
+    if not isinstance(t, torch.Tensor):
+        return type(t).__name__
+    layout = "" if t.layout is torch.strided else f"{shown(t.layout)} "
+    return f"{layout}{shown(t.dtype)}{list(t.shape)} on {t.device}"
 
 
 def unit_stride(t: torch.Tensor) -> torch.Tensor:

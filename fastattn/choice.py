@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from fastattn.backends import show
 from fastattn.checks import given
-from fastattn.op import OPS, Op, _replaced, _show
+from fastattn.op import OPS, Op, _replaced
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -26,7 +27,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     op = getattr(function, "op", None)
     if not isinstance(op, Op):
         known = ", ".join(f"fastattn.{name}" for name in sorted(OPS))
-        raise ValueError(f"explain: fn is {_show(function)}; it takes one of {known}")
+        raise ValueError(f"explain: fn is {show(function)}; it takes one of {known}")
     seen: list[tuple[Sequence[Any], str]] = []
 
     def record(*call: Any, backend: str = "") -> Any:

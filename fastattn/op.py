@@ -10,7 +10,7 @@ imported when first chosen.
 
 Schemas carry the meaning by their names.  An argument of the backward schema named like an argument or
 an output of the forward is saved for it; ``d<output>`` is the gradient of that output, and a result named
-``d<input>`` is the gradient of that input.
+``d<input>`` is the gradient of that input.  An op without a backward schema is for inference alone.
 
 One file because a descriptor and all that is read from it change together: limits, rows, registration, choice.
 """
@@ -18,9 +18,6 @@ One file because a descriptor and all that is read from it change together: limi
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
-import os
 import re
 import threading
 import warnings
@@ -31,9 +28,10 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from fastattn.backends import Backend, load, show
 from fastattn.checks import given, unit_stride
 
-__all__ = ["OPS", "Backend", "Case", "Cost", "Limit", "Op", "Unsupported"]
+__all__ = ["OPS", "Case", "Cost", "Op", "Unsupported"]
 
 OPS: dict[str, Op] = {}  # every op, by name: the table that tests, bench and docs walk
 _LIB: Any = torch.library.Library("fastattn", "DEF")  # type: ignore[no-untyped-call]
@@ -41,123 +39,6 @@ _LIB: Any = torch.library.Library("fastattn", "DEF")  # type: ignore[no-untyped-
 
 class Unsupported(NotImplementedError):
     """No backend accepts the call; the message holds every reason."""
-
-
-# ---------------------------------------------------------------------------------------------------
-# What a backend is
-
-
-@dataclass(frozen=True)
-class Limit:
-    """A condition on a call's facts, and the sentence for when it fails."""
-
-    holds: Callable[[dict[str, Any]], bool]
-    why: Callable[[dict[str, Any]], str]
-
-
-def takes(fact: str, *allowed: Any) -> Limit:
-    names = ", ".join(_show(a) for a in allowed)
-    return Limit(
-        lambda facts: facts[fact] in allowed,
-        lambda facts: f"{fact} is {_show(facts[fact])} (takes {names})",
-    )
-
-
-def at_most(fact: str, limit: int) -> Limit:
-    return Limit(
-        lambda facts: facts[fact] <= limit,
-        lambda facts: f"{fact} is {facts[fact]} (at most {limit})",
-    )
-
-
-def available(probe: Callable[[], str]) -> Limit:
-    """``probe`` returns why the backend cannot run on this machine, or "" when it can."""
-    return Limit(lambda _: not probe(), lambda _: probe())
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One way to compute an op.  ``forward`` and ``backward`` are "module:attribute", imported on first use.
-
-    The functions take the outputs first, then the op's arguments.  ``workspace`` names further tensors
-    (after the outputs) that the backward wants allocated; it gets the backward's arguments.
-    """
-
-    name: str
-    limits: tuple[Limit, ...]
-    forward: str
-    backward: str
-    device: str = "cpu"  # where the contract tests run it
-    deterministic: bool = True
-    workspace: Callable[..., list[torch.Tensor]] | None = None
-
-    def why_not(self, facts: dict[str, Any]) -> list[str]:
-        # Availability comes last in each row, so that the sentence about the call is read first.
-        return [limit.why(facts) for limit in self.limits if not limit.holds(facts)]
-
-    @property
-    def family(self) -> str:
-        return self.name.split("-")[0]
-
-
-def reference() -> Backend:
-    """The op's own formula; the only row without limits, and the only one without kernels."""
-    return Backend("reference", (), "", "")
-
-
-CPU_ISAS = ("avx512bf16", "avx512", "avx2", "scalar")
-
-
-def _why_no_isa(isa: str) -> str:
-    native = _native()
-    if native is None:
-        return "the compiled CPU library is missing (reinstall with a C++20 compiler)"
-    if isa not in native.compiled:
-        return f"not compiled for {isa}"
-    return "" if isa in native.isas else f"this processor has no {isa}"
-
-
-def cpu(op: str, *limits: Limit, workspace: Any = None) -> tuple[Backend, ...]:
-    """One row per instruction set, widest first; all from the same sources, kernels/<op>/cpu*.cc."""
-    return tuple(
-        Backend(
-            f"cpu-{isa}",
-            (
-                takes("device", "cpu"),
-                *limits,
-                available(functools.partial(_why_no_isa, isa)),
-            ),
-            f"fastattn._cpu:{isa}.{op}_fwd",
-            f"fastattn._cpu:{isa}.{op}_bwd",
-            workspace=workspace,
-        )
-        for isa in CPU_ISAS
-    )
-
-
-@functools.cache
-def triton_device() -> str:
-    """Triton kernels run on the GPU, or on the CPU through the interpreter (TRITON_INTERPRET=1)."""
-    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-
-
-@functools.cache
-def _why_no_triton() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if triton_device() == "cuda" and not torch.cuda.is_available():
-        return "no GPU is present (TRITON_INTERPRET=1 runs the kernel on the CPU, slowly)"
-    return ""
-
-
-def triton(op: str, *limits: Limit) -> Backend:
-    return Backend(
-        "triton",
-        (takes("device", triton_device()), *limits, available(_why_no_triton)),
-        f"fastattn.kernels.{op}.triton:forward",
-        f"fastattn.kernels.{op}.triton:backward",
-        device=triton_device(),
-    )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -171,9 +52,7 @@ class Case:
         self.__dict__.update(values)
 
     def __repr__(self) -> str:
-        return "-".join(
-            f"{k}{_show(v)}" for k, v in self.__dict__.items() if v not in (None, False)
-        )
+        return "-".join(f"{k}{show(v)}" for k, v in self.__dict__.items() if v not in (None, False))
 
     def __getattr__(
         self, name: str
@@ -204,9 +83,9 @@ class Cost:
 class Op:
     name: str
     forward: str  # schema, e.g. "(Tensor q, ...) -> (Tensor o, Tensor lse)"
-    backward: str
+    backward: str  # schema, or "" where there is no gradient
     fake: Callable[..., Sequence[torch.Tensor]]  # the outputs, allocated but not computed
-    fake_backward: Callable[..., Sequence[torch.Tensor]]
+    fake_backward: Callable[..., Sequence[torch.Tensor]] | None
     facts: dict[
         str, str
     ]  # what limits may depend on: name -> expression of the forward's arguments
@@ -237,8 +116,8 @@ class Op:
     def __post_init__(self) -> None:
         self.arguments = _names(self.forward.split("->")[0])
         self.outputs = _names(self.forward.split("->")[1])
-        self.backward_arguments = _names(self.backward.split("->")[0])
-        self.gradients = _names(self.backward.split("->")[1])
+        self.backward_arguments = _names(self.backward.partition("->")[0])
+        self.gradients = _names(self.backward.partition("->")[2])
         self._values = self.arguments + self.outputs
         kinds = dict(
             zip(self._values, _kinds(self.forward.split("->")[0]) + ["Tensor"] * len(self.outputs))
@@ -280,6 +159,10 @@ class Op:
         OPS[self.name] = self
         self._register()
 
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return ("forward", "backward") if self.backward else ("forward",)
+
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: ``function`` is the op's public face."""
         self.function = function
@@ -289,21 +172,14 @@ class Op:
     # -- torch.library ------------------------------------------------------------------------------
 
     def _register(self) -> None:
-        tags = (torch.Tag.pt2_compliant_tag,)
-        for direction, schema, fake, run in (
-            ("fwd", self.forward, self.fake, self._forward),
-            ("bwd", self.backward, self.fake_backward, self._backward),
-        ):
-            name = f"{self.name}_{direction}"
-            run, fake = (_as_declared(schema, f) for f in (run, fake))
-            _LIB.define(name + schema.replace(") ->", ', *, str backend="") ->', 1), tags=tags)
-            _LIB.impl(name, run, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"fastattn::{name}", _ignoring_backend(fake), lib=_LIB)
+        self.op = _define(f"{self.name}_fwd", self.forward, self._forward, self.fake)
+        if self.fake_backward:
+            self.op_backward = _define(
+                f"{self.name}_bwd", self.backward, self._backward, self.fake_backward
+            )
         torch.library.register_autograd(
             f"fastattn::{self.name}_fwd", self._autograd, setup_context=self._save, lib=_LIB
         )
-        self.op = getattr(torch.ops.fastattn, f"{self.name}_fwd").default
-        self.op_backward = getattr(torch.ops.fastattn, f"{self.name}_bwd").default
 
     def _save(self, ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
         ctx.set_materialize_grads(False)
@@ -318,6 +194,8 @@ class Op:
         ctx.backend = keyword_only_inputs["backend"]
 
     def _autograd(self, ctx: Any, *grads: Any) -> Any:
+        if not self.backward:
+            raise RuntimeError(f"{self.name}: it is for inference and has no backward pass")
         saved, args = ctx.saved_tensors, []
         needed = ctx.needs_input_grad[-len(self.arguments) :]
         for source, i in self._plan:
@@ -397,7 +275,7 @@ class Op:
         if not chosen.forward:
             return tuple(t.clone() if _shares(t, args) else t for t in self.reference(*args))
         outs = self.fake(*args)
-        _load(chosen.forward)(*outs, *args)
+        load(chosen.forward)(*outs, *args)
         return tuple(outs)
 
     def _backward(self, *args: Any, backend: str = "") -> Any:
@@ -410,9 +288,9 @@ class Op:
         chosen = self.choose(call, backend)
         if not chosen.forward:
             return self._reference_backward(known or dict(zip(self.backward_arguments, args)))
-        outs = self.fake_backward(*args)
+        outs = self.fake_backward(*args)  # type: ignore[misc]
         scratch = chosen.workspace(*args) if chosen.workspace else ()
-        _load(chosen.backward)(*outs, *scratch, *args)
+        load(chosen.backward)(*outs, *scratch, *args)
         return tuple(outs)
 
     def _reference_backward(
@@ -510,7 +388,7 @@ class Op:
     ) -> str:
         facts = dict(zip(self.facts, self._facts(*args)))
         shown = ", ".join(
-            f"{n}: {_show(a.dtype)}{list(a.shape)}"
+            f"{n}: {show(a.dtype)}{list(a.shape)}"
             for n, a in zip(self.arguments, args)
             if isinstance(a, torch.Tensor)
         )
@@ -527,7 +405,48 @@ class Op:
 
 
 # ---------------------------------------------------------------------------------------------------
+# Operators that change their arguments
+
+
+def in_place(name: str, schema: str, run: Callable[..., None]) -> Callable[..., None]:
+    """Registers ``run``, which writes into the arguments that ``schema`` marks and returns nothing.
+
+    Gives the function to call, which goes straight to ``run`` where ``Op.call`` would.
+    """
+    kinds = _kinds(schema.split("->")[0])
+    changed = [i for i, kind in enumerate(kinds) if "!" in kind]
+    tensors = [i for i, kind in enumerate(kinds) if "Tensor" in kind]
+
+    def change(*args: Any, backend: str = "") -> None:
+        run(*args, backend=backend)
+        for i in changed:  # for graphs that saved them
+            if not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
+
+    op = _define(name, schema, change, lambda *args: None)
+
+    def call(*args: Any, backend: str = "") -> None:
+        plain = not torch.compiler.is_compiling() and _is_plain() and not args[0].is_meta
+        if plain and all(_is_simple(args[i]) for i in tensors):
+            change(*args, backend=backend)
+        else:
+            op(*args, backend=backend)
+
+    return call
+
+
+# ---------------------------------------------------------------------------------------------------
 # Small parts
+
+
+def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """The operator torch.ops.fastattn.<name>; beside the schema's arguments it takes a backend."""
+    run, fake = (_as_declared(schema, f) for f in (run, fake))
+    declared = schema.replace(") ->", ', *, str backend="") ->', 1)
+    _LIB.define(name + declared, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIB.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastattn::{name}", _ignoring_backend(fake), lib=_LIB)
+    return getattr(torch.ops.fastattn, name).default
 
 
 CASTABLE = (torch.float32, torch.bfloat16, torch.float16)  # what autocast joins
@@ -588,21 +507,12 @@ class _Once(torch.autograd.Function):
         )
 
 
-@functools.cache
-def _native() -> Any:
-    try:
-        return importlib.import_module("fastattn._cpu")
-    except ImportError:
-        return None
-
-
-@functools.cache
-def _load(where: str) -> Callable[..., Any]:
-    module, _, path = where.partition(":")
-    return functools.reduce(getattr, path.split("."), importlib.import_module(module))  # type: ignore[return-value]
-
-
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_simple(t: torch.Tensor | None) -> bool:
+    """What kernels read as it lies; torch.ops resolves lazy negation."""
+    return t is None or (type(t) in _PLAIN and not t.is_neg())
 
 
 def _is_plain() -> bool:
@@ -645,8 +555,11 @@ def _ignoring_backend(fake: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_declared(schema: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run`` gives a sequence of results; a schema with a single one wants that alone."""
-    if len(_names(schema.split("->")[1])) == 1:
+    """``run`` gives a sequence of results; a schema with a single one wants that alone, and one with none nothing."""
+    count = len(_names(schema.split("->")[1]))
+    if not count:
+        return run
+    if count == 1:
         return lambda *args, **kwargs: run(*args, **kwargs)[0]
     return lambda *args, **kwargs: tuple(run(*args, **kwargs))
 
@@ -676,9 +589,3 @@ def _replaced(op: Op, call: Callable[..., Any]) -> Iterator[None]:
             yield
         finally:
             op.call = before  # type: ignore[method-assign]
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    return getattr(value, "__name__", None) or str(value)

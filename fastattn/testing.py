@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from fastattn.backends import Backend, compiled_library
 from fastattn.bias import Bias
-from fastattn.op import OPS, Backend, Case, Op, _native, _replaced
+from fastattn.op import OPS, Case, Op, _replaced
 
 __all__ = ["Failure", "check", "every", "poisoned", "prove", "prove_reference"]
 
@@ -92,7 +93,7 @@ def poisoned() -> Iterator[None]:
         (torch.Tensor, "new_empty"),
     ]
     before = [getattr(owner, name) for owner, name in owners]
-    native = _native()
+    native = compiled_library()
     try:
         for (owner, name), make in zip(owners, before):
             setattr(owner, name, poison(make))
@@ -164,10 +165,14 @@ def invoke(op: Op, call: dict[str, Any], **more: Any) -> Any:
 
 
 def run(op: Op, call: dict[str, Any], backend: str, seed: int = 1) -> Result:
-    """Forward and backward with upstream gradients drawn from ``seed``, the same for every backend."""
+    """Forward and, where the op has one, backward with upstream gradients drawn from ``seed``, for every backend."""
+    extra = {"return_lse": True} if "return_lse" in op.function.__code__.co_varnames else {}
+    if not op.backward:
+        found = invoke(op, call, **extra, backend=backend)
+        outs = found if isinstance(found, tuple) else (found,)
+        return Result({f"output {i}": o for i, o in enumerate(outs)}, {})
     leaves = {n: t.detach().requires_grad_() for n, t in floats(call).items()}
     inputs = with_floats(call, leaves)
-    extra = {"return_lse": True} if "return_lse" in op.function.__code__.co_varnames else {}
     found = invoke(op, inputs, **extra, backend=backend)
     outs = found if isinstance(found, tuple) else (found,)
     generator = torch.Generator().manual_seed(seed)
@@ -285,7 +290,10 @@ def prove_reference(op: Op, case: Case) -> float:
     Returns the largest share of the allowed difference that was used; raises ``Failure``.
     """
     call = make(op, case, torch.float64, "cpu")
-    leaves = {n: t.detach().double().contiguous().requires_grad_() for n, t in floats(call).items()}
+    leaves = {
+        n: t.detach().double().contiguous().requires_grad_(bool(op.backward))
+        for n, t in floats(call).items()
+    }
     inputs = list(leaves.values())
 
     def outputs(*values: torch.Tensor) -> list[torch.Tensor]:
@@ -296,6 +304,8 @@ def prove_reference(op: Op, case: Case) -> float:
         ]  # lse of a row that sees nothing: a constant
 
     def gradients(outs: list[torch.Tensor]) -> list[torch.Tensor]:
+        if not op.backward:
+            return []
         upstream = [_waves(o) for o in outs]
         return list(
             torch.autograd.grad(
@@ -304,7 +314,7 @@ def prove_reference(op: Op, case: Case) -> float:
         )
 
     ours, used, step = outputs(*inputs), 0.0, 1e-6
-    if all(t.numel() for t in inputs):
+    if op.backward and all(t.numel() for t in inputs):
         by_output = [gradients([o]) for o in ours]
         for i, (name, x) in enumerate(leaves.items()):
             along = _waves(x) * step

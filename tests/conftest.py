@@ -20,8 +20,9 @@ if not torch.cuda.is_available():
 
 import fastattn  # noqa: F401  fills the op table
 from fastattn import testing
+from fastattn.backends import Backend
 from fastattn.cli.support import unavailable
-from fastattn.op import OPS, Backend, Op
+from fastattn.op import OPS, Op
 
 AXES = ("op", "backend", "dtype", "case")
 
@@ -42,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "contract: for backends with kernels; each must have executed some here"
     )
     config.addinivalue_line("markers", "formula: for the reference alone")
+    config.addinivalue_line("markers", "gradients: for ops that have a backward pass")
     # Infinities are legal input; numpy, on which the interpreter runs kernels, remarks on them, and on Triton 3.6.
     for kind in ("RuntimeWarning", "DeprecationWarning"):
         config.addinivalue_line("filterwarnings", f"ignore::{kind}:triton.runtime.interpreter")
@@ -74,6 +76,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     points: dict[str, tuple[object, ...]] = {}
     for op in OPS.values():
         if "op" in marks and op.name not in marks["op"].args:
+            continue
+        if "gradients" in marks and not op.backward:
             continue
         backends = op.backends
         if "contract" in marks or "formula" in marks:

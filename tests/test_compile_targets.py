@@ -97,7 +97,24 @@ def normalise(norm, D, kind, given) -> None:
     norm.backward(x, w, w, w, x, residual, s, *parameters, one, one, 1e-5, kind)
 
 
-def calls(attention, norm) -> Iterator[tuple[str, tuple[str, ...], Callable[[], None]]]:
+def look_back(decode, dtype, D, page_size=None, Hk=8, Nq=1) -> None:
+    """The plainest call, and with a page size one with everything that a call may have."""
+    q, o = (torch.empty(2, 32, Nq, D, dtype=dtype) for _ in range(2))
+    shape = (64, page_size, Hk, D) if page_size else (2, Hk, 1024, D)
+    k, v = (torch.empty(shape, dtype=dtype) for _ in range(2))
+    new = torch.empty(2, Hk, Nq, D, dtype=dtype)
+    lengths, lse = torch.zeros(2, dtype=torch.int32), torch.empty(2, 32, Nq)
+    table = torch.zeros(2, 1024 // page_size, dtype=torch.int32) if page_size else None
+    per_head = torch.zeros(32) if page_size else None
+    mask, softcap = [0, 1 << 30, 0, 1 << 30, 1 << 30], 30.0 if page_size else 0.0
+    if page_size:
+        decode.append(k, v, new, new, lengths, table)
+    decode.forward(
+        o, lse, q, k, v, lengths, table, per_head, per_head, 1, mask, D**-0.5, softcap, 0
+    )
+
+
+def calls(attention, norm, decode) -> Iterator[tuple[str, tuple[str, ...], Callable[[], None]]]:
     """(label, targets, call) of everything to compile."""
     every = tuple(SHARED)
     half, wide = torch.bfloat16, torch.float32
@@ -110,6 +127,11 @@ def calls(attention, norm) -> Iterator[tuple[str, tuple[str, ...], Callable[[], 
     yield "padded 40", ("sm_90",), lambda: attend(attention, half, 40, dlse=False)
     for label, given in features().items():
         yield f"{label} 128", every, lambda given=given: attend(attention, half, 128, **given)
+    for D in WIDTHS:
+        yield f"decode bfloat16 {D}", every, lambda D=D: look_back(decode, half, D)
+        yield f"decode float32 {D}", ("sm_90", "gfx942"), lambda D=D: look_back(decode, wide, D)
+    yield "decode pages 128", every, lambda: look_back(decode, half, 128, 16, Nq=3)
+    yield "decode float16 64", ("sm_90",), lambda: look_back(decode, torch.float16, 64, 1)
     everything = "residual bias weight beta"
     for D, kind, given in (
         (768, 0, everything),
@@ -127,6 +149,7 @@ def compile_all(say: Callable[[dict], None]) -> None:
 
     from fastattn.kernels.attention import triton as attention
     from fastattn.kernels.common import triton_launch
+    from fastattn.kernels.decode import triton as decode
     from fastattn.kernels.norm import triton as norm
 
     targets = {
@@ -146,11 +169,11 @@ def compile_all(say: Callable[[dict], None]) -> None:
     for target, processor in targets.items():
         driver.set_active(Driver(processor))
         triton_launch.target.cache_clear()
-        for module in (attention, attention.gradients, norm):
+        for module in (attention, attention.gradients, norm, decode):
             for kernel in vars(module).values():
                 if isinstance(kernel, JITFunction):
                     kernel.device_caches.clear()
-        for label, wanted, call in calls(attention, norm):
+        for label, wanted, call in calls(attention, norm, decode):
             if target in wanted:
                 found.clear()
                 call()
@@ -273,6 +296,18 @@ def test_norm_is_as_its_header_says(compiled):
             check(pair, compiled[target, f"norm {D}", f"norm_{kernel}"], version)
 
 
+def test_decode_is_as_its_header_says(compiled):
+    text, version = header("decode")
+    rows = re.findall(r"^ +(\d+) +(16x\S.*)$", text, re.MULTILINE)
+    assert len(rows) == 6
+    for n, (D, cells) in enumerate(rows):
+        half = (("sm_90", 3), ("sm_100", 2), ("sm_80", 3), ("gfx942", 3))
+        cells, kind = cells.split(), "bfloat16" if n < 3 else "float32"
+        for target, count in half if n < 3 else (("sm_90", 3), ("gfx942", 3)):
+            check(cells[:count], compiled[target, f"decode {kind} {D}", "decode_split"], version)
+            cells = cells[count:]
+
+
 def test_shared_memory_fits(compiled):
     for where, result in compiled.items():
         assert result["shared"] <= SHARED[result["target"]], where
@@ -285,20 +320,20 @@ def test_matrix_instructions(compiled):
     """
     for where, result in compiled.items():
         target, label, kernel = where
-        if kernel.startswith("norm"):
+        if kernel.startswith("norm") or kernel in ("decode_merge", "decode_append"):
             continue
         found = {w for w in result["code"] if "MMA" in w or "mfma" in w} - {"FFMA"}
         num_rows = result["BN" if kernel == "attention_dkdv" else "BM"]
         if target == "gfx942":
-            inputs = "f32" if label.startswith("float32") else "bf16"
+            inputs = "f32" if "float32" in label else "bf16"
             assert found, where
             assert all(re.match(rf"v_mfma_f32_\d+x\d+x\d+_?{inputs}", w) for w in found), (
                 where,
                 found,
             )
-        elif label.startswith("float32"):
+        elif "float32" in label:
             assert not found, (where, found)
-            assert result["code"]["FFMA"] > 1000, where
+            assert result["code"]["FFMA"] > 500, where
         elif target == "sm_80" or num_rows < 64:
             assert found == {"HMMA"}, (where, found)
         elif target == "sm_90":
@@ -310,6 +345,8 @@ def test_matrix_instructions(compiled):
 def test_tiles_are_loaded_16_bytes_at_a_time(compiled):
     """All loads of the forward passes; elsewhere a few single numbers of rows stand beside tiles."""
     for where, result in compiled.items():
+        if where[2] in ("decode_merge", "decode_append"):
+            continue  # one row, a few bytes a thread
         code = result["code"]
         loads = {w: n for w, n in code.items() if w.startswith("LDG") or "_load_" in w}
         wide = sum(n for w, n in loads.items() if w.endswith((".128", "_load_dwordx4")))
@@ -318,7 +355,7 @@ def test_tiles_are_loaded_16_bytes_at_a_time(compiled):
         if where[1].removesuffix(" 128") in features():
             continue  # what comes beside q, k and v lies as it likes
         assert not narrow or not where[2].endswith("_fwd"), (where, loads)
-        assert narrow < wide or where[1].startswith("norm"), (where, loads)
+        assert narrow <= wide or where[1].startswith("norm"), (where, loads)  # a page number a row
 
 
 if __name__ == "__main__":

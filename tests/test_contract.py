@@ -19,6 +19,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastattn.backends import Backend
+from fastattn.kernels.decode import reference as decode_formula
 from fastattn.masks import (
     KINDS,
     WIDTH,
@@ -30,7 +32,7 @@ from fastattn.masks import (
     Window,
     materialize,
 )
-from fastattn.op import OPS, Backend, Case, Op
+from fastattn.op import OPS, Case, Op
 from fastattn.testing import Failure, prove, prove_reference, why_not
 
 
@@ -103,7 +105,23 @@ def random_norm(rng: random.Random) -> Case:
     )  # fmt: skip
 
 
-RANDOM = {"attention": random_attention, "add_norm": random_norm}
+def random_decode(rng: random.Random) -> Case:
+    Hk, Nq, B = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3, 5]), rng.choice([1, 2, 3])
+    Nmax = rng.choice([rng.randrange(20, 60), rng.randrange(60, 200), rng.randrange(200, 1500)])
+    given = " ".join(name for name in ("new", "sinks", "bias") if rng.random() < 0.4)
+    page = rng.choice([None, None, 1, 16, rng.randrange(2, 40)])
+    return Case(
+        B=B, Hq=Hk * rng.choice([1, 2, 3, 4, 8]), Hk=Hk, Nq=Nq, Nmax=Nmax, page=page,
+        lengths=tuple(rng.randrange(8, Nmax - Nq + 1) for _ in range(B)),
+        D=rng.choice([rng.randrange(4, 40), 64, 128, rng.randrange(40, 257)]),
+        Dv=rng.choice([None, None, rng.randrange(1, 257)]), given=given,
+        mask=rng.choice([None, None, Causal(), Window(rng.randrange(4, 90), rng.choice([None, 0, 3]))]),
+        softcap=rng.choice([None, None, 3.0]), scale=rng.choice([None, None, -0.05]),
+        num_splits=rng.choice([None, None, 2, 7]), layout=rng.choice([None, None, "transposed", "sliced"]),
+    )  # fmt: skip
+
+
+RANDOM = {"attention": random_attention, "add_norm": random_norm, "attention_decode": random_decode}
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -134,6 +152,10 @@ class Wrong:
     ``inputs(known)`` changes what the formula is given, ``outputs(known, found)`` and ``gradients(known, found)``
     what it gave; all are dictionaries by argument name.  A tensor left out of ``found`` is never written.
     """
+
+    append = staticmethod(
+        decode_formula.append
+    )  # what attention_decode asks of a row beside forward
 
     def __init__(self, op: str, *, inputs=None, outputs=None, gradients=None) -> None:
         self.op = OPS[op]
@@ -170,7 +192,11 @@ def differentiate(op: Op, known):
 
 def of_inputs(change):
     """The outputs of attention for other inputs, of other shapes perhaps."""
-    op = OPS["attention"]
+    return outputs_of("attention", change)
+
+
+def outputs_of(name, change):
+    op = OPS[name]
     return lambda known, found: dict(
         zip(op.outputs, op.reference(*(known | change(known)).values()))
     )
@@ -232,6 +258,22 @@ def heads_by_remainder(known):
     """Query head h reads key head h % Hk."""
     order = [h % known["k"].shape[1] for h in range(known["q"].shape[1])]
     return {name: known[name][:, order] for name in "kv"} | {"heads": None}
+
+
+def cached_heads_by_remainder(known):
+    axis = 1 if known["block_table"] is None else 2
+    caches = {name: known[name] for name in ("k_cache", "v_cache")}
+    order = [h % known["k_cache"].shape[axis] for h in range(known["q"].shape[1])]
+    return {
+        name: cache.index_select(axis, torch.tensor(order, dtype=torch.long))
+        for name, cache in caches.items()
+    }
+
+
+def room(known):
+    """The most tokens that a cache holds before new ones."""
+    k, table = known["k_cache"], known["block_table"]
+    return (k.shape[2] if table is None else table.shape[1] * k.shape[1]) - known["num_new"]
 
 
 def dense(known):
@@ -432,9 +474,41 @@ WRONG = {  # one line, one way to be wrong
         gradients_are_stale=Wrong("add_norm", gradients=unwritten),
         gradients_differ_from_run_to_run=Wrong("add_norm", gradients=noise),
     ),
+    "attention_decode": SimpleNamespace(
+        off_by_one=Wrong("attention_decode", inputs=band(lambda a, b, c, d: (a, b - 1, c, d))),
+        mask_forgotten=Wrong("attention_decode", inputs=band(lambda a, b, c, d: (NONE, NONE, NONE, NONE))),
+        new_tokens_not_causal=Wrong("attention_decode", inputs=lambda known: {
+            "mask": Band(known["mask"][1], NONE, *known["mask"][3:]).encode() if known["num_new"] else known["mask"]}),
+        last_token_dropped=Wrong("attention_decode", inputs=lambda known: {
+            "lengths": (known["lengths"] - 1).clamp(min=0)}),
+        one_token_too_many=Wrong("attention_decode", inputs=lambda known: {
+            "lengths": torch.minimum(known["lengths"] + 1, torch.tensor(room(known)))}),
+        first_sequence_for_all=Wrong("attention_decode", inputs=lambda known: {
+            "lengths": known["lengths"][:1].expand_as(known["lengths"])}),
+        pages_in_order=Wrong("attention_decode", inputs=lambda known: {
+            "block_table": None if known["block_table"] is None else known["block_table"].clamp(min=0).sort().values}),
+        heads_by_remainder=Wrong("attention_decode", outputs=outputs_of("attention_decode", cached_heads_by_remainder)),
+        strides_ignored=Wrong("attention_decode", inputs=dense),
+        scale_off_by_a_thousandth=Wrong("attention_decode", inputs=lambda known: {"scale": known["scale"] * 1.001}),
+        softcap_forgotten=Wrong("attention_decode", inputs=lambda known: {"softcap": 0.0}),
+        sinks_forgotten=Wrong("attention_decode", inputs=lambda known: {"sinks": None}),
+        bias_forgotten=Wrong("attention_decode", inputs=lambda known: {"alibi_slopes": None}),
+        bias_of_the_other_sign=Wrong("attention_decode", inputs=lambda known: {
+            "alibi_slopes": None if known["alibi_slopes"] is None else -known["alibi_slopes"]}),
+        empty_rows_are_nan=Wrong("attention_decode", outputs=lambda known, found: {
+            "o": torch.where(torch.isinf(found["lse"])[..., None], torch.nan, found["o"])}),
+        lse_without_sink=Wrong("attention_decode", outputs=outputs_of("attention_decode", lambda known: {"sinks": None})),
+        lse_in_base_2=Wrong("attention_decode", outputs=times("lse", 1.4427)),
+        o_leaks=Wrong("attention_decode", outputs=leak("o")),
+        o_of_first_rows=Wrong("attention_decode", outputs=first("o", 2)),
+        o_is_zero=Wrong("attention_decode", outputs=zeros),
+        o_is_stale=Wrong("attention_decode", outputs=unwritten),
+        o_differs_from_run_to_run=Wrong("attention_decode", outputs=noise),
+    ),
 }  # fmt: skip
 WRONG["attention"].not_wrong = Wrong("attention")
 WRONG["add_norm"].not_wrong = Wrong("add_norm")
+WRONG["attention_decode"].not_wrong = Wrong("attention_decode")
 
 
 @contextlib.contextmanager
@@ -452,6 +526,7 @@ def row(op: Op, name: str) -> Iterator[Backend]:
 
 
 WRONG_ATTENTION, WRONG_ADD_NORM = WRONG["attention"], WRONG["add_norm"]
+WRONG_ATTENTION_DECODE = WRONG["attention_decode"]
 
 
 @pytest.mark.parametrize(
@@ -483,7 +558,8 @@ def test_the_contract_accepts_what_is_right(name):
 
 
 IDLE = """
-from fastattn.op import OPS, Backend, takes
+from fastattn.backends import Backend, takes
+from fastattn.op import OPS
 
 op = OPS["add_norm"]
 op.backends += (Backend("idle", (takes("dtype", "none"),), "nowhere:forward", "nowhere:backward"),)

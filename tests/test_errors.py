@@ -17,8 +17,9 @@ import pytest
 import torch
 
 import fastattn as fa
+from fastattn.backends import Backend, takes
 from fastattn.masks import Band, Causal, Full, Mask, Window
-from fastattn.op import OPS, Backend, takes
+from fastattn.op import OPS
 from fastattn.testing import poisoned
 
 

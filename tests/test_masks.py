@@ -13,6 +13,7 @@ import re
 import pytest
 import torch
 
+from fastattn.backends import compiled_library, triton_device, why_no_triton
 from fastattn.masks import (
     UNBOUNDED,
     WIDTH,
@@ -31,7 +32,6 @@ from fastattn.masks import (
     materialize,
     pairs,
 )
-from fastattn.op import _native, _why_no_triton, triton_device
 
 SIZES = (0, 1, 2, 5, 8, 9)
 GRIDS = list(itertools.product(SIZES, SIZES))
@@ -257,9 +257,9 @@ def test_refusals(make, sentence):
 
 @pytest.fixture(scope="module")
 def native():
-    if _native() is None:
+    if compiled_library() is None:
         pytest.skip("the compiled CPU library is missing")
-    return _native()
+    return compiled_library()
 
 
 def seen_by_cpp(native, mask: Mask, Nq: int, Nk: int, h: int):
@@ -405,13 +405,15 @@ COMBINED: dict[str, Mask] = {
         Dense() & Causal(),
         Window(0, 0) | Dense() & BlockSparse(LAYOUT[:1], 2) | Prefix(1),
         (Band(left=-3) & Band(right=-3)) | Band(left=-4, right=4),
+        (Dilated(1, 4) | Prefix(2)) & (Window(1, 0) | Dense())
+        | (Dilated(2, 2) | Prefix(7)) & (Dense() | Causal("top-left")),
     )
 }
 
 
 def triton_grids(mask: Mask, step: int = 1):
     """(Nq, Nk, head, what Python materialises, the mask as kernels carry it), one grid of ``step``."""
-    if why := _why_no_triton():
+    if why := why_no_triton():
         pytest.skip(f"triton: {why}")
     code, layouts = lowered(mask)
     device = triton_device()

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from fastattn.backends import triton_device, why_no_triton
 from fastattn.kernels.attention.api import EXTRAS
 from fastattn.masks import BlockSparse, Causal, Dense, Dilated, Full, Window, lowered
-from fastattn.op import OPS, _why_no_triton, triton_device
+from fastattn.op import OPS
 from fastattn.testing import Result, check
 
 NAMES = [part.split()[-1] for part in EXTRAS.split(",")]
@@ -83,7 +84,7 @@ def run(
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("name", tensors(1, torch.float32))
 def test_packed_sequences_match_the_reference(name: str, lengths: str, poisoned: None) -> None:
-    if why := _why_no_triton():
+    if why := why_no_triton():
         pytest.skip(f"triton: {why}")
     given = tensors(len(LENGTHS[lengths][0]), torch.float32)[name]
     results = [
@@ -100,7 +101,7 @@ def test_packed_sequences_match_the_reference(name: str, lengths: str, poisoned:
 )
 def test_ends_that_make_no_sense_touch_nothing_outside(ends: list[int], poisoned: None) -> None:
     """And rows of no sequence are 0, with lse = -inf and no gradient."""
-    if why := _why_no_triton():
+    if why := why_no_triton():
         pytest.skip(f"triton: {why}")
     op, cu = OPS["attention"], torch.tensor(ends, dtype=torch.int32, device=triton_device())
     q, k, v = (torch.randn(1, 1, 20, 16, device=cu.device).requires_grad_() for _ in range(3))

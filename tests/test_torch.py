@@ -61,10 +61,12 @@ def name(best_cpu):
 
 def test_opcheck(op, name):
     args = arguments(op, example(op))
-    args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+    if op.backward:
+        args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
     torch.library.opcheck(op.op, args, {"backend": name})
 
 
+@pytest.mark.gradients
 def test_opcheck_backward(op, name):
     args = arguments(op, example(op))
     known = dict(zip(op.arguments, args)) | dict(zip(op.outputs, op.call(*args, backend=name)))
@@ -209,6 +211,7 @@ def test_export(name):
 # ---- Autograd -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.gradients
 def test_gradients_go_only_where_they_are_wanted(op, backend):
     """Each floating input alone: its gradient is bit for bit what it is beside the others'."""
     call = example(op, device=backend.device)
@@ -227,6 +230,7 @@ def test_gradients_go_only_where_they_are_wanted(op, backend):
         assert torch.equal(found, expected), n
 
 
+@pytest.mark.gradients
 def test_outputs_one_at_a_time(op, backend):
     """Gradients of a sum of outputs are the sums of theirs, whichever output is not used."""
     call = example(op, device=backend.device)
@@ -246,6 +250,7 @@ def test_outputs_one_at_a_time(op, backend):
         assert torch.allclose(total, whole, rtol=1e-4, atol=1e-4), n
 
 
+@pytest.mark.gradients
 def test_a_graph_can_be_used_twice(op, name):
     call = example(op)
     wanted = list(leaves(call).values())
@@ -343,6 +348,7 @@ def test_second_derivatives_of_attention(name):
         torch.testing.assert_close(ours, formula, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.gradients
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
 def test_forward_mode_is_refused(op, name):
     """torch itself would drop the tangents of a custom operator and return zeros."""
@@ -367,6 +373,7 @@ def test_checkpoint(name):
     assert torch.equal(torch.autograd.grad(plain, q)[0], torch.autograd.grad(again, q)[0])
 
 
+@pytest.mark.gradients
 @pytest.mark.parametrize(
     "mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"]
 )
@@ -392,6 +399,7 @@ def test_inference_tensors_as_inputs(name):
 # ---- Autocast, default dtype --------------------------------------------------------------------------
 
 
+@pytest.mark.gradients
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(op, low, name):
     """The call runs in autocast's dtype and the gradients come back in the leaves'."""

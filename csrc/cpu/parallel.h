@@ -80,8 +80,10 @@ inline void relax(int spins) {
 // Tests fill scratch memory with NaN, so that a read of what was never written shows.
 inline std::atomic<bool> poison{false};
 
-// This thread's buffer, aligned to 64 bytes: it stays, grows, and is the same one at every call.
-inline void* scratch(size_t bytes) {
+// This thread's buffer, aligned to 64 bytes: it stays, grows, and is the same one at every call.  Slot 1 is another, for
+// who calls a parallel loop and shares it with the tasks, which have slot 0.
+template <int Slot = 0>
+void* scratch(size_t bytes) {
   struct Buffer {
     void* data = nullptr;
     size_t bytes = 0;

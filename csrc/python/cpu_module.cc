@@ -7,6 +7,7 @@
 #include "csrc/cpu/parallel.h"
 #include "csrc/python/bind.h"
 #include "kernels/attention/op.h"
+#include "kernels/decode/op.h"
 #include "kernels/norm/op.h"
 
 #if defined(__x86_64__)
@@ -92,6 +93,8 @@ PYBIND11_MODULE(_cpu, m) {
   bind<cpu::add_norm_bwd>(m, "add_norm_bwd");
   bind<cpu::attention_fwd>(m, "attention_fwd");
   bind<cpu::attention_bwd>(m, "attention_bwd");
+  bind<cpu::attention_decode_append>(m, "attention_decode_append");
+  bind<cpu::attention_decode_fwd>(m, "attention_decode_fwd");
   bind<cpu::ceiling_dot>(m, "ceiling_dot");
   bind<cpu::ceiling_fma>(m, "ceiling_fma");
   bind<cpu::ceiling_read>(m, "ceiling_read");

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from fastattn.backends import Backend
 from fastattn.bench import cases, figures, records, timing
 from fastattn.bench.ceilings import Ceilings
 from fastattn.cli import base, machine, select, support
 from fastattn.cli.terminal import Progress, duration, table
-from fastattn.op import Backend, Op
+from fastattn.op import Op
 
 QUICK_SECONDS, SECONDS = 1.1, 4.0  # what a row may take
 QUICK_MINUTES = 3.3  # what all rows may take, beside those that are long by themselves

@@ -9,27 +9,27 @@ from typing import Any
 
 import torch
 
+from fastattn.backends import CPU_ISAS, compiled_library, why_no_isa, why_no_triton
 from fastattn.cli import machine, support
 from fastattn.cli.terminal import table
-from fastattn.op import CPU_ISAS, _native, _why_no_isa, _why_no_triton
 
 
 def gather() -> dict[str, Any]:
-    native = _native()
+    native = compiled_library()
     rows, reasons = support.here()
     return {
         "versions": machine.versions(),
         "commit": machine.commit(),
         "machine": machine.machine(),
-        "isas": {isa: _why_no_isa(isa) or "yes" for isa in CPU_ISAS},
-        "chosen": next((isa for isa in CPU_ISAS if not _why_no_isa(isa)), "none"),
+        "isas": {isa: why_no_isa(isa) or "yes" for isa in CPU_ISAS},
+        "chosen": next((isa for isa in CPU_ISAS if not why_no_isa(isa)), "none"),
         "compiled": list(native.compiled) if native else [],
         "threads": torch.get_num_threads(),
         "openmp": machine.openmp(),
         "built": {
             "cpu (C++)": machine.missing("_cpu") or "yes",
             "cuda (C++)": machine.missing("_cuda") or "yes",
-            "triton": _why_no_triton() or "yes",
+            "triton": why_no_triton() or "yes",
         },
         "support": {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[1:]},
         "reasons": reasons,

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 import fastattn
-from fastattn.op import CPU_ISAS, _native
+from fastattn.backends import CPU_ISAS, compiled_library
 
 PACKAGE = Path(fastattn.__file__).resolve().parent
 
 
 def machine() -> dict[str, Any]:
     """The hardware a number was measured on; two results compare only where these are equal."""
-    native = _native()
+    native = compiled_library()
     return {
         "cpu": _processor(),
         "cores": len(os.sched_getaffinity(0))
@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    native = _native()
+    native = compiled_library()
     found = {"fastattn": fastattn.__version__, "python": platform.python_version()}
     for name in ("torch", "triton", "numpy"):
         try:
@@ -61,7 +61,7 @@ def now() -> str:
 
 def openmp() -> str:
     """Which OpenMP libraries this process has loaded: one means that torch and the kernels share a pool."""
-    _native()
+    compiled_library()
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 import torch
 
+from fastattn.backends import Backend
 from fastattn.cli.support import SHORT
-from fastattn.op import OPS, Backend, Op
+from fastattn.op import OPS, Op
 
 
 def ops(arguments: argparse.Namespace) -> list[Op]:

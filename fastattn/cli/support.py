@@ -6,7 +6,8 @@ import re
 
 import torch
 
-from fastattn.op import OPS, Backend, Limit, Op
+from fastattn.backends import Backend, Limit
+from fastattn.op import OPS, Op
 from fastattn.testing import facts, make
 
 SHORT = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}

@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
+from fastattn.backends import Backend, triton_device
 from fastattn.bench.records import append
 from fastattn.cli import machine, select, support
 from fastattn.cli.terminal import Progress, table
-from fastattn.op import Backend, Case, Op, triton_device
+from fastattn.op import Case, Op
 from fastattn.testing import prove, prove_reference, why_not
 
 GRACE = 60.0  # seconds that the last case may take when time is up

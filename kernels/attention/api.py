@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fastattn.backends import at_most, cpu, reference, takes, triton
 from fastattn.bias import expand
 from fastattn.checks import Axes, number, unit_stride
 from fastattn.choice import PROCESS
@@ -18,7 +19,7 @@ from fastattn.kernels.attention import reference as formula
 from fastattn.kernels.attention.arguments import mask_code, optional_arguments, sequence_ends
 from fastattn.kernels.attention.cases import BENCH, CASES, cost, make, peers
 from fastattn.masks import UNBOUNDED, Mask, materialize
-from fastattn.op import Op, at_most, autocast, cpu, reference, takes, triton
+from fastattn.op import Op, autocast
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 MAX_HEAD_DIM = 256

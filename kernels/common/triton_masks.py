@@ -1,7 +1,7 @@
 """Masks inside Triton kernels: which pairs (i, j) are visible, and which tiles can be skipped.
 
 A mask crosses from Python as a formula in postfix order (fastattn/masks.py, ``KINDS``); ``encode``
-below turns it into a tree of NamedTuples that kernels carry, and the functions after it are all that
+below turns it into the NamedTuples that kernels carry, and the functions after it are all that
 a kernel may ask.  ``place`` says which batch and query head, and how long they are (triton_pairs).
 
     visible(mask, place, i, j)           the definition, elementwise
@@ -22,7 +22,7 @@ it is the least and of ``|`` the most of both sides, which may say SOME for ALL 
 A new mask adds a NamedTuple, its row in ``_KINDS`` and a branch on its KIND in these functions.
 Kernels do not change.  The same masks in C++ are in csrc/core/masks.h.
 
-One file because a kind of mask answers every question, and the answers must agree.
+One file because all answers about a mask must agree.
 """
 
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ WIDTH = 6  # integers a node, as in fastattn/masks.py
 NONE, SOME, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # The kinds of nodes, after fastattn/masks.py, and bands whose limits are still to be found.  A KIND is
 # the last field of its node: Triton 3.6 forgets constants inside a tuple's tuples if none follows them.
-BAND, DILATED, PREFIX, BLOCKS, DENSE, AND, OR, BOUNDS = (tl.constexpr(kind) for kind in range(8))
+BAND, DILATED, PREFIX, BLOCKS, DENSE, AND, OR, BOUNDS, FORMULA = map(tl.constexpr, range(9))
 
 
 class Band(NamedTuple):
@@ -100,11 +100,17 @@ class Dense(NamedTuple):
     KIND: Any
 
 
-class Both(NamedTuple):
-    """``first & second``, or ``first | second``."""
+class Operator(NamedTuple):
+    """Puts the two masks before it together: KIND is AND or OR."""
 
-    first: Any
-    second: Any
+    KIND: Any
+
+
+class Formula(NamedTuple):
+    """Several nodes in postfix order, of which no more than four values wait at any time."""
+
+    nodes: Any
+    NUM: Any
     KIND: Any
 
 
@@ -166,16 +172,19 @@ _KINDS = (_band, _dilated, _prefix, _blocks, _dense, AND, OR)  # in the order of
 def encode(code, Nq, Nk, is_packed=False, blocks=None, visible=None, BM=64, BN=64):
     """The mask that kernels carry, of the formula [kind, five parameters, kind, ...]."""
     call = Call(Nq, Nk, is_packed, blocks, visible, BM, BN)
-    stack = []
+    stack = []  # (how many values wait at once, nodes)
     for at in range(0, len(code), WIDTH):
         make = _KINDS[code[at]]
         if isinstance(make, tl.constexpr):
-            second, first = stack.pop(), stack.pop()
-            stack.append(Both(first, second, make))
+            (less, second), (more, first) = sorted((stack.pop(), stack.pop()), key=lambda x: x[0])
+            stack.append((max(more, less + 1), [*first, *second, Operator(make)]))
         else:
-            stack.append(make(call, *code[at + 1 : at + WIDTH]))
-    (mask,) = stack
-    return mask
+            stack.append((1, [make(call, *code[at + 1 : at + WIDTH])]))
+    ((_, nodes),) = stack
+    if len(nodes) == 1:
+        return nodes[0]
+    # A constant behind the nodes, as behind everything that holds tuples.
+    return Formula((*nodes, tl.constexpr(0)), tl.constexpr(len(nodes)), FORMULA)
 
 
 def is_band(mask):
@@ -188,10 +197,26 @@ def is_band(mask):
 
 @triton.jit
 def visible(mask, place, i, j):
-    """One of i and j is a column [n, 1], the other a row [1, n].
+    """One of i and j is a column [n, 1], the other a row [1, n]."""
+    if mask.KIND == FORMULA:
+        seen = _visible(mask.nodes[0], place, i, j)
+        second, third, fourth = seen, seen, seen  # what waits; no recursion, which Triton 3.4 lacks
+        for n in tl.static_range(1, mask.NUM):
+            if mask.nodes[n].KIND == AND:
+                seen, second, third = seen & second, third, fourth
+            elif mask.nodes[n].KIND == OR:
+                seen, second, third = seen | second, third, fourth
+            else:
+                second, third, fourth = seen, second, third
+                seen = _visible(mask.nodes[n], place, i, j)
+    else:
+        seen = _visible(mask, place, i, j)
+    return seen
 
-    The column does the arithmetic: a thread holds few rows of a tile and many columns.
-    """
+
+@triton.jit
+def _visible(mask, place, i, j):
+    """Of one node.  The column does the arithmetic: a thread holds few rows of a tile and many columns."""
     if mask.KIND == BAND or mask.KIND == BOUNDS:
         lo, hi = _limits(mask, place.Nq, place.Nk)
         if i.shape[1] == 1:
@@ -205,12 +230,8 @@ def visible(mask, place, i, j):
         seen = j < mask.n
     elif mask.KIND == BLOCKS:
         seen = _layout(mask, place, i // mask.block, j // mask.block) != 0
-    elif mask.KIND == DENSE:
-        seen = pairs.load(mask.bytes, place, i, j) != 0
-    elif mask.KIND == AND:
-        seen = visible(mask.first, place, i, j) & visible(mask.second, place, i, j)
     else:
-        seen = visible(mask.first, place, i, j) | visible(mask.second, place, i, j)
+        seen = pairs.load(mask.bytes, place, i, j) != 0
     return seen
 
 
@@ -227,6 +248,13 @@ def _limits(mask, Nq, Nk):
 
 
 @triton.jit
+def band_of(bounds, Nq, Nk):
+    """The band of a sequence whose length only the kernel knows, its limits found once."""
+    lo, hi = _limits(bounds, Nq, Nk)
+    return Band(lo, hi, BAND)
+
+
+@triton.jit
 def _layout(mask, place, bi, bj):
     """The layout at rows bi [n, 1] or [1, n] of blocks and columns bj the other way; 0 outside."""
     p_head = mask.p + tl.cast(place.h, tl.int64) * mask.stride_h
@@ -239,6 +267,28 @@ def _layout(mask, place, bi, bj):
 
 @triton.jit
 def keys(mask, i0, i1, Nq, Nk):
+    if mask.KIND == FORMULA:
+        begin, end = _keys(mask.nodes[0], i0, i1, Nq, Nk)
+        begin2, begin3, begin4 = begin, begin, begin
+        end2, end3, end4 = end, end, end
+        for n in tl.static_range(1, mask.NUM):
+            if mask.nodes[n].KIND == AND:
+                begin, begin2, begin3 = tl.maximum(begin, begin2), begin3, begin4
+                end, end2, end3 = tl.minimum(end, end2), end3, end4
+            elif mask.nodes[n].KIND == OR:
+                begin, begin2, begin3 = tl.minimum(begin, begin2), begin3, begin4
+                end, end2, end3 = tl.maximum(end, end2), end3, end4
+            else:
+                begin2, begin3, begin4 = begin, begin2, begin3
+                end2, end3, end4 = end, end2, end3
+                begin, end = _keys(mask.nodes[n], i0, i1, Nq, Nk)
+    else:
+        begin, end = _keys(mask, i0, i1, Nq, Nk)
+    return begin, end
+
+
+@triton.jit
+def _keys(mask, i0, i1, Nq, Nk):
     if mask.KIND == BAND or mask.KIND == BOUNDS:
         lo, hi = _limits(mask, Nq, Nk)
         begin, end = tl.maximum(i0 + lo, 0), tl.minimum(i1 + hi, Nk)
@@ -250,17 +300,35 @@ def keys(mask, i0, i1, Nq, Nk):
     elif mask.KIND == BLOCKS:
         rows_end = _least(mask.num_i, mask.block, Nq)
         begin, end = i0 * 0, tl.where(i0 < rows_end, _least(mask.num_j, mask.block, Nk), 0)
-    elif mask.KIND == DENSE:
-        begin, end = i0 * 0, Nk + i0 * 0
     else:
-        begin, end = _hull(
-            mask.KIND, keys(mask.first, i0, i1, Nq, Nk), keys(mask.second, i0, i1, Nq, Nk)
-        )
+        begin, end = i0 * 0, Nk + i0 * 0
     return begin, end
 
 
 @triton.jit
 def queries(mask, j0, j1, Nq, Nk):
+    if mask.KIND == FORMULA:
+        begin, end = _queries(mask.nodes[0], j0, j1, Nq, Nk)
+        begin2, begin3, begin4 = begin, begin, begin
+        end2, end3, end4 = end, end, end
+        for n in tl.static_range(1, mask.NUM):
+            if mask.nodes[n].KIND == AND:
+                begin, begin2, begin3 = tl.maximum(begin, begin2), begin3, begin4
+                end, end2, end3 = tl.minimum(end, end2), end3, end4
+            elif mask.nodes[n].KIND == OR:
+                begin, begin2, begin3 = tl.minimum(begin, begin2), begin3, begin4
+                end, end2, end3 = tl.maximum(end, end2), end3, end4
+            else:
+                begin2, begin3, begin4 = begin, begin2, begin3
+                end2, end3, end4 = end, end2, end3
+                begin, end = _queries(mask.nodes[n], j0, j1, Nq, Nk)
+    else:
+        begin, end = _queries(mask, j0, j1, Nq, Nk)
+    return begin, end
+
+
+@triton.jit
+def _queries(mask, j0, j1, Nq, Nk):
     if mask.KIND == BAND or mask.KIND == BOUNDS:
         lo, hi = _limits(mask, Nq, Nk)
         begin, end = tl.maximum(j0 - hi, 0), tl.minimum(j1 - lo, Nq)
@@ -272,21 +340,8 @@ def queries(mask, j0, j1, Nq, Nk):
     elif mask.KIND == BLOCKS:
         columns_end = _least(mask.num_j, mask.block, Nk)
         begin, end = j0 * 0, tl.where(j0 < columns_end, _least(mask.num_i, mask.block, Nq), 0)
-    elif mask.KIND == DENSE:
+    else:
         begin, end = j0 * 0, Nq + j0 * 0
-    else:
-        begin, end = _hull(
-            mask.KIND, queries(mask.first, j0, j1, Nq, Nk), queries(mask.second, j0, j1, Nq, Nk)
-        )
-    return begin, end
-
-
-@triton.jit
-def _hull(KIND, a, b):
-    if KIND == AND:
-        begin, end = tl.maximum(a[0], b[0]), tl.minimum(a[1], b[1])
-    else:
-        begin, end = tl.minimum(a[0], b[0]), tl.maximum(a[1], b[1])
     return begin, end
 
 
@@ -322,6 +377,24 @@ def queries_all(mask, j0, j1, Nq, Nk):
 @triton.jit
 def found(mask, place, i0, i1, j0, j1):
     """NONE, SOME or ALL of [i0, i1) x [j0, j1), neither empty."""
+    if mask.KIND == FORMULA:
+        answer = _found(mask.nodes[0], place, i0, i1, j0, j1)
+        second, third, fourth = answer, answer, answer
+        for n in tl.static_range(1, mask.NUM):
+            if mask.nodes[n].KIND == AND:
+                answer, second, third = tl.minimum(answer, second), third, fourth
+            elif mask.nodes[n].KIND == OR:
+                answer, second, third = tl.maximum(answer, second), third, fourth
+            else:
+                second, third, fourth = answer, second, third
+                answer = _found(mask.nodes[n], place, i0, i1, j0, j1)
+    else:
+        answer = _found(mask, place, i0, i1, j0, j1)
+    return answer
+
+
+@triton.jit
+def _found(mask, place, i0, i1, j0, j1):
     if mask.KIND == BAND or mask.KIND == BOUNDS:
         least, most = j0 - i1 + 1, j1 - 1 - i0  # of j - i
         lo, hi = _limits(mask, place.Nq, place.Nk)
@@ -345,18 +418,10 @@ def found(mask, place, i0, i1, j0, j1):
         bj = j0 // mask.block + tl.arange(0, mask.MEETS_J)[None, :]
         met = (bi <= (i1 - 1) // mask.block) & (bj <= (j1 - 1) // mask.block)
         answer = _count(_layout(mask, place, bi, bj), met)
-    elif mask.KIND == DENSE:
+    else:
         i = i0 + tl.arange(0, mask.BM)[:, None]
         j = j0 + tl.arange(0, mask.BN)[None, :]
         answer = _count(pairs.load(mask.bytes, place, i, j), (i < i1) & (j < j1))
-    elif mask.KIND == AND:
-        answer = tl.minimum(
-            found(mask.first, place, i0, i1, j0, j1), found(mask.second, place, i0, i1, j0, j1)
-        )
-    else:
-        answer = tl.maximum(
-            found(mask.first, place, i0, i1, j0, j1), found(mask.second, place, i0, i1, j0, j1)
-        )
     return answer
 
 

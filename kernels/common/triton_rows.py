@@ -107,7 +107,7 @@ def length(t, b, N, has_work=True):
 
 
 @triton.jit
-def _place(t, b, h, i, d):
+def place(t, b, h, i, d):
     """Addresses of rows i [NUM, 1] and columns d [1, BLOCK] of one head."""
     if not t.IS_PACKED:
         p_batch = tl.cast(b, tl.int64) * t.stride_b
@@ -128,7 +128,7 @@ def load(
     """Rows i0 .. i0 + NUM as a tile [NUM, BLOCK]; zero past WIDTH columns and, if CHECK, N rows."""
     i = i0 + tl.arange(0, NUM)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
-    p_tile = _place(t, b, h, i, d)
+    p_tile = place(t, b, h, i, d)
     if CHECK:
         if WIDTH == BLOCK:
             tile = tl.load(p_tile, mask=i < N, other=0.0)
@@ -148,7 +148,7 @@ def store(t, b, h, i0, tile, N, NUM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: t
     i = i0 + tl.arange(0, NUM)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
     tile = narrow(tile, t.p.dtype.element_ty)
-    tl.store(_place(t, b, h, i, d), tile, mask=(i < N) & (d < WIDTH))
+    tl.store(place(t, b, h, i, d), tile, mask=(i < N) & (d < WIDTH))
     return tile
 
 
@@ -156,10 +156,10 @@ def store(t, b, h, i0, tile, N, NUM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: t
 def load_scalars(t, b, h, i0, N, NUM: tl.constexpr):
     """One number a row [NUM] of a tensor [B, H, N]; zero past row N."""
     i = i0 + tl.arange(0, NUM)
-    return tl.load(_place(t, b, h, i, tl.zeros_like(i)), mask=i < N, other=0.0)
+    return tl.load(place(t, b, h, i, tl.zeros_like(i)), mask=i < N, other=0.0)
 
 
 @triton.jit
 def store_scalars(t, b, h, i0, x, N, NUM: tl.constexpr):
     i = i0 + tl.arange(0, NUM)
-    tl.store(_place(t, b, h, i, tl.zeros_like(i)), x, mask=i < N)
+    tl.store(place(t, b, h, i, tl.zeros_like(i)), x, mask=i < N)

@@ -43,6 +43,17 @@ def absorb(x, factor, m, l, NARROW: tl.constexpr, MAY_HIDE: tl.constexpr):
 
 
 @triton.jit
+def join(acc, m, l, acc_part, m_part, l_part, NARROW: tl.constexpr):
+    """Two states over disjoint keys as one: acc [BM, BDV], m and l [BM]."""
+    m_new = tl.maximum(m, m_part)  # [BM]
+    origin = tl.where(m_new == float("-inf"), 0.0, m_new)
+    rescale = _exp(m - origin, NARROW)
+    rescale_part = _exp(m_part - origin, NARROW)
+    acc = acc * rescale[:, None] + acc_part * rescale_part[:, None]  # [BM, BDV]
+    return acc, m_new, l * rescale + l_part * rescale_part
+
+
+@triton.jit
 def finish(acc, m, l, NARROW: tl.constexpr):
     """The output [BM, BDV] and the natural log of the softmax denominator [BM]."""
     l = tl.where(l == 0.0, 1.0, l)

@@ -7,22 +7,12 @@ from typing import Any
 
 import torch
 
-from fastattn.checks import DTYPES, number, shown, unit_stride
+from fastattn.backends import cpu, reference, takes, triton
+from fastattn.checks import DTYPES, described, number, shown, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.norm import reference as formula
 from fastattn.kernels.norm.reference import KINDS
-from fastattn.op import (
-    CASTABLE,
-    Case,
-    Cost,
-    Op,
-    autocast,
-    autocast_dtype,
-    cpu,
-    reference,
-    takes,
-    triton,
-)
+from fastattn.op import CASTABLE, Case, Cost, Op, autocast, autocast_dtype
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 ROWS_PER_BLOCK = (
@@ -211,7 +201,7 @@ def _vector(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _check(x: Any, residual: Any, parameters: dict[str, Any], kind: Any, eps: Any) -> None:
     if not _is_dense(x) or x.dim() == 0 or x.dtype not in DTYPES:
         raise ValueError(
-            f"add_norm: x is {_describe(x)}; it takes a dense tensor [..., D] of {shown(*DTYPES)}"
+            f"add_norm: x is {described(x)}; it takes a dense tensor [..., D] of {shown(*DTYPES)}"
         )
     if kind not in KINDS:
         raise ValueError(
@@ -226,7 +216,7 @@ def _check(x: Any, residual: Any, parameters: dict[str, Any], kind: Any, eps: An
         and residual.device == x.device
     ):
         raise ValueError(
-            f"add_norm: residual is {_describe(residual)}; it takes what x is, {_describe(x)}"
+            f"add_norm: residual is {described(residual)}; it takes what x is, {described(x)}"
         )
     for name, t in parameters.items():
         if t is not None and not (
@@ -236,7 +226,7 @@ def _check(x: Any, residual: Any, parameters: dict[str, Any], kind: Any, eps: An
             and t.device == x.device
         ):
             raise ValueError(
-                f"add_norm: {name} is {_describe(t)}; with x {_describe(x)} it takes [{x.shape[-1]}] of "
+                f"add_norm: {name} is {described(t)}; with x {described(x)} it takes [{x.shape[-1]}] of "
                 + " or ".join(map(shown, _parameter_dtypes(x)))
             )
 
@@ -248,10 +238,3 @@ def _parameter_dtypes(x: torch.Tensor) -> Iterable[torch.dtype]:
 
 def _is_dense(t: Any) -> bool:
     return isinstance(t, torch.Tensor) and t.layout is torch.strided
-
-
-def _describe(t: Any) -> str:
-    if not isinstance(t, torch.Tensor):
-        return type(t).__name__
-    layout = "" if t.layout is torch.strided else f"{shown(t.layout)} "
-    return f"{layout}{shown(t.dtype)}{list(t.shape)} on {t.device}"
