@@ -2,12 +2,11 @@
 
 from fastattn import bias, masks
 from fastattn.choice import PROCESS, explain, using
-from fastattn.kernels.attention.api import (
-    attention,
-    attention_importance,
-    attention_varlen,
-    column_attention,
-)
+from fastattn.groups import Groups
+from fastattn.kernels.attention.api import attention, attention_varlen
+from fastattn.kernels.attention.columns import attention_importance, column_attention
+from fastattn.kernels.attention.grouped import grouped_attention
+from fastattn.kernels.attention.topk import topk_attention
 from fastattn.kernels.decode.api import attention_decode
 from fastattn.kernels.norm.api import add_norm
 from fastattn.merge import merge_attention
@@ -15,6 +14,7 @@ from fastattn.op import Unsupported
 
 __version__ = "0.1.0"
 __all__ = [
+    "Groups",
     "Unsupported",
     "add_norm",
     "attention",
@@ -24,8 +24,10 @@ __all__ = [
     "bias",
     "column_attention",
     "explain",
+    "grouped_attention",
     "masks",
     "merge_attention",
+    "topk_attention",
     "using",
 ]
 

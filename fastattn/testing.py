@@ -159,7 +159,7 @@ def with_floats(call: Any, new: dict[str, torch.Tensor], prefix: str = "") -> An
 
 def invoke(op: Op, call: dict[str, Any], **more: Any) -> Any:
     """The op's public function on ``call``, or the one of fastattn that ``call["function"]`` names."""
-    call = {**call, **more}
+    call = {**more, **call}  # what the call says itself counts
     name = call.pop("function", None)
     return (getattr(sys.modules["fastattn"], name) if name else op.function)(**call)
 

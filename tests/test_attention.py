@@ -139,10 +139,10 @@ def test_ends_that_are_refused(ends, sentence):
         fa.attention_varlen(q, k, v, torch.tensor(ends, dtype=torch.int32))
     if ends:  # and by the kernel itself
         cu = torch.tensor(ends, dtype=torch.int32)
-        args = [*(t.transpose(0, 1)[None] for t in (q, k, v)), *[None] * 10, cu, cu, None]
+        args = [*(t.transpose(0, 1)[None] for t in (q, k, v)), *[None] * 10, cu, cu, *[None] * 3]
         with pytest.raises(ValueError, match="cu_q"):
             torch.ops.fastattn.attention_fwd(
-                *args, Causal().encode(), [1.0, 0.0, 0.0, 1.0, 0.0], backend="cpu"
+                *args, Causal().encode(), [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0], backend="cpu"
             )
 
 

@@ -49,7 +49,7 @@ class Driver:
 BAND = [0, 1 << 30, 0, 1 << 30, 1 << 30, 0]  # causal
 EXTRAS = [
     "bias", "bias_index", "bias2", "bias2_index", "weight", "weight_index", "sinks", "visible", "blocks",
-    "heads", "cu_q", "cu_k", "seed",
+    "heads", "cu_q", "cu_k", "seed", "slots_q", "slots_k",
 ]  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def attend(
     q, dq, o, do = (torch.empty(B, 128, N, D, dtype=dtype) for _ in range(4))
     k, dk, v, dv = (torch.empty(B, Hk, N, D, dtype=dtype) for _ in range(4))
     lse, extras = torch.empty(B, 128, N), [given.get(name) for name in EXTRAS]
-    numbers = (D**-0.5, softcap, low, 1.0, dropout)
+    numbers = (D**-0.5, softcap, low, 1.0, dropout, 0.0, 0.0)
     grads = [given.get(name) for name in ("bias", "bias2", "weight", "sinks")]
     needs = [True, True, True, *(t is not None for t in grads)]
     dlse = lse if dlse else None

@@ -220,9 +220,16 @@ def band(change):
 
 
 def number(name, change):
-    at = ("scale", "softcap", "low", "high", "dropout").index(name)
+    at = ("scale", "softcap", "low", "high", "dropout", "by_slot", "topk").index(name)
     return lambda known: {
         "numbers": tuple(change(x) if i == at else x for i, x in enumerate(known["numbers"]))
+    }
+
+
+def slots(change):
+    return lambda known: {
+        name: None if known[name] is None else change(known[name])
+        for name in ("slots_q", "slots_k")
     }
 
 
@@ -242,6 +249,8 @@ def without_last_tile(known):
     Nk = known["k"].shape[2]
     kept = Nk // 32 * 32 or Nk
     if len(known["mask"]) > WIDTH or known["mask"][0] or known["bias"] is not None:
+        return {}
+    if known["slots_q"] is not None:
         return {}
     left, right, left_top, right_top = known["mask"][1:5]  # still counted from the end of all keys
     code = Band(left - (Nk - kept), right + (Nk - kept), left_top, right_top).encode()
@@ -299,12 +308,12 @@ def logits(known):
 
 def is_plain(known):
     return (
-        all(known[name] is None for name in ("bias", "weight", "sinks", "heads"))
+        all(known[name] is None for name in ("bias", "weight", "sinks", "heads", "slots_q"))
         and known["numbers"][1:] == PLAIN
     )
 
 
-PLAIN = (0.0, 0.0, 1.0, 0.0)
+PLAIN = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
 
 
 def rescale_forgotten(known, found):
@@ -446,6 +455,13 @@ WRONG = {  # one line, one way to be wrong
             "heads": None if known["heads"] is None else torch.zeros_like(known["heads"])}),
         dropout_of_another_seed=Wrong("attention", inputs=lambda known: {
             "seed": None if known["seed"] is None else known["seed"] + 1}),
+        topk_of_one_more=Wrong("attention", inputs=number("topk", lambda x: x and x + 1)),
+        topk_forgotten=Wrong("attention", inputs=number("topk", lambda x: 0.0)),
+        labels_forgotten=Wrong("attention", inputs=slots(lambda t: t[:, :, :1])),
+        empty_slots_hold_the_first_token=Wrong("attention", inputs=slots(lambda t: t.clamp(min=0))),
+        groups_of_another_head=Wrong("attention", inputs=slots(lambda t: t.roll(1, 1))),
+        groups_of_another_batch=Wrong("attention", inputs=slots(lambda t: t.roll(1, 0))),
+        last_slot_dropped=Wrong("attention", inputs=slots(lambda t: torch.cat([t[..., :-1], -torch.ones_like(t[..., :1])], -1))),
         dropout_of_less=Wrong("attention", inputs=number("dropout", lambda x: x * 0.9)),
         dbias_halved=Wrong("attention", gradients=times("dbias", 0.5)),
         dbias_leaks=Wrong("attention", gradients=leak("dbias")),

@@ -652,5 +652,5 @@ def backend_names(best_cpu):
 def test_kernels_check_shapes_because_torch_ops_does_not(best_cpu, q, k, v, mask, says):
     with pytest.raises(ValueError, match=says):
         torch.ops.fastattn.attention_fwd(
-            q, k, v, *[None] * 13, mask, [1.0, 0.0, 0.0, 1.0, 0.0], backend=best_cpu
+            q, k, v, *[None] * 15, mask, [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0], backend=best_cpu
         )

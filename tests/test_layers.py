@@ -154,7 +154,10 @@ def test_macros_are_few_and_named():
 # ---- Python: import -----------------------------------------------------------------------------------
 
 STDLIB = rf"({'|'.join(sorted(sys.stdlib_module_names))})(\..*)?"
-TORCH, OWN_TABLE = r"torch(\..*)?", r"fastattn\.(op|choice|masks|bias|dropout|rows|checks|testing)"
+TORCH, OWN_TABLE = (
+    r"torch(\..*)?",
+    r"fastattn\.(op|backends|groups|choice|masks|bias|dropout|rows|checks|testing)",
+)
 MAY_IMPORT = (
     (r"kernels/(?P<op>\w+)/reference\.py", (TORCH,)),
     (r"kernels/common/.*", (TORCH, r"triton(\..*)?", r"fastattn\.kernels\.common(\..*)?")),
@@ -163,14 +166,26 @@ MAY_IMPORT = (
         (TORCH, r"triton(\..*)?", r"fastattn\.kernels\.(common|{op}\.triton_\w+)(\..*)?"),
     ),
     (
-        r"kernels/(?P<op>\w+)/(api|arguments|cases)\.py",
-        (TORCH, OWN_TABLE, r"fastattn\.kernels\.{op}(\.(reference|arguments|cases).*)?"),
+        r"kernels/(?P<op>\w+)/(api|arguments|cases|definition)\.py",
+        (TORCH, OWN_TABLE, r"fastattn\.kernels\.{op}(\.(reference|arguments|cases|definition).*)?"),
+    ),
+    (  # functions that are made of an op
+        r"kernels/(?P<op>\w+)/(columns|grouped|topk)\.py",
+        (TORCH, OWN_TABLE, r"fastattn\.kernels\.{op}\.(api|arguments)\..*"),
     ),
     (r"kernels/__init__\.py", ()),
-    (r"fastattn/__init__\.py", (r"fastattn(\.\w+)?", r"fastattn\.kernels\.\w+\.api\.\w+")),
+    (
+        r"fastattn/__init__\.py",
+        (r"fastattn(\.\w+)?", r"fastattn\.kernels\.\w+\.(api|columns|grouped|topk)\.\w+"),
+    ),
     (
         r"fastattn/cli/.*",
-        (TORCH, r"fastattn", r"fastattn\.(op|testing|cli|bench)(\..*)?", r"matplotlib(\..*)?"),
+        (
+            TORCH,
+            r"fastattn",
+            r"fastattn\.(op|backends|testing|cli|bench)(\..*)?",
+            r"matplotlib(\..*)?",
+        ),
     ),
     (r"fastattn/__main__\.py", (r"fastattn\.cli",)),
     (r"fastattn/.*", (TORCH, OWN_TABLE)),
@@ -235,7 +250,9 @@ def test_environment_is_read_in_one_place():
     for path in files(".py", under=("fastattn", "kernels")):
         text = path.read_text()
         names |= set(re.findall(r'environ[^"]*"(FASTATTN_\w+)"', text))
-        if "environ" in text and not re.fullmatch(r"fastattn/(backends|choice|cli/.*)\.py", name(path)):
+        if "environ" in text and not re.fullmatch(
+            r"fastattn/(backends|choice|cli/.*)\.py", name(path)
+        ):
             found.append(f"{name(path)}: reads the environment")
     report(found)
     assert names <= {"FASTATTN_BACKEND", "FASTATTN_LOG"}

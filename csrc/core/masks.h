@@ -171,13 +171,21 @@ struct MaskTensors {
   int64_t num_blocks = 0, dense_shape[4] = {}, dense_stride[4] = {};
 };
 
+// The tokens that the slots of a group hold, -1 for none, and their labels: tokens see each other where those are equal.
+// The mask speaks of tokens.  Absent ones are null; without tokens, a slot is one.
+struct Slots {
+  const int32_t *q = nullptr, *k = nullptr, *q_label = nullptr, *k_label = nullptr;
+  int num_q = 0, num_k = 0;
+};
+
 struct Formula {
   int count = 0, num_k;
+  Slots slots;
   MaskNode nodes[kMaskNodes];
 
   Formula(std::span<const int64_t> code, int64_t num_q, int64_t num_k,
-          const MaskTensors& given = {}, int64_t b = 0, int64_t h = 0)
-      : num_k(static_cast<int>(num_k)) {
+          const MaskTensors& given = {}, int64_t b = 0, int64_t h = 0, const Slots& slots = {})
+      : num_k(static_cast<int>(num_k)), slots(slots) {
     FASTATTN_CHECK(
         !code.empty() && code.size() % kMaskWidth == 0 && code.size() <= kMaskWidth * kMaskNodes,
         "mask has ", code.size(), " numbers; it takes ", kMaskWidth, " a node, at most ",
@@ -197,6 +205,12 @@ struct Formula {
   }
 
   bool visible(int i, int j) const {
+    if (slots.q) {
+      if (slots.q[i] < 0 || slots.k[j] < 0 ||
+          (slots.q_label && slots.q_label[i] != slots.k_label[j]))
+        return false;
+      i = slots.q[i], j = slots.k[j];
+    }
     uint32_t stack = 0;  // a bit each, the last in the lowest
     for (int n = 0; n < count; ++n)
       if (nodes[n].kind == MaskKind::both)
@@ -208,6 +222,13 @@ struct Formula {
     return stack & 1;
   }
   Seen seen(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
+    if (!slots.q) return seen_tokens(i0, i1, j0, j1);
+    const Held i = held(slots.q, i0, i1), j = held(slots.k, j0, j1);
+    if (i.last < 0 || j.last < 0) return Seen::none;
+    const Seen most = i.has_holes || j.has_holes || slots.q_label ? Seen::some : Seen::all;
+    return std::min(most, seen_tokens(i.first, i.last + 1, j.first, j.last + 1));
+  }
+  Seen seen_tokens(int64_t i0, int64_t i1, int64_t j0, int64_t j1) const {
     Seen stack[kMaskNodes];
     int at = 0;
     for (int n = 0; n < count; ++n)
@@ -220,6 +241,7 @@ struct Formula {
     return stack[0];
   }
   Range keys(int64_t i0, int64_t i1) const {
+    if (slots.q) return {0, slots.num_k};
     Range stack[kMaskNodes];
     int at = 0;
     for (int n = 0; n < count; ++n) {
@@ -240,6 +262,18 @@ struct Formula {
   }
 
  private:
+  struct Held {  // the first and last token of some slots
+    int first, last;
+    bool has_holes;
+  };
+  static Held held(const int32_t* token, int64_t from, int64_t to) {
+    Held x{INT32_MAX, -1, false};
+    for (int64_t at = from; at < to; ++at) {
+      x.last = std::max(x.last, token[at]);
+      token[at] < 0 ? void(x.has_holes = true) : void(x.first = std::min(x.first, token[at]));
+    }
+    return x;
+  }
   void read(MaskNode& node, std::span<const int64_t> p, int64_t num_q, const MaskTensors& given,
             int64_t b, int64_t h) const {
     constexpr int64_t far = int64_t{1} << 30;

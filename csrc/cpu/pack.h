@@ -66,11 +66,11 @@ void pack_rows(float* to, Strided<const T> rows, int64_t i0, int64_t i1, int64_t
     }
 }
 
-// Rows [j0, j1) to be broadcast along their columns: A[j][d].  In place where the numbers can be multiplied as
-// they lie, else copied to `to` [N x up(D, W)] (Fma) or [N x words up to a multiple of W] (odd bf16).
+// Rows [j0, j1) to be broadcast along their columns: A[j][d].  In place where no index picks them and the numbers can be
+// multiplied as they lie, else copied to `to` [N x up(D, W)] (Fma) or [N x words up to a multiple of W] (odd bf16).
 template <class Mul, class T>
 Words along_columns(float* to, Strided<const T> rows, int64_t j0, int64_t j1, int64_t D) {
-  if ((std::is_same_v<T, float>) || (Mul::kPack == 2 && D % 2 == 0))
+  if (!rows.index && (std::is_same_v<T, float> || (Mul::kPack == 2 && D % 2 == 0)))
     return {reinterpret_cast<const char*>(rows[j0]), rows.step * static_cast<int64_t>(sizeof(T)),
             4};
   const int64_t width = up((D + Mul::kPack - 1) / Mul::kPack, W);

@@ -75,8 +75,7 @@ FASTATTN_INLINE vi remainder_is_zero(vi x, int by) {  // of any x, by > 0
     x -= __builtin_convertvector(__builtin_convertvector(x, vf) * inverse, vi) * by;
   return (x == 0) | (x == by) | (x == -by);
 }
-inline vi visible(const MaskNode& node, int i0, int j) {
-  const vi i = i0 + iota();
+inline vi visible(const MaskNode& node, vi i, int j) {
   switch (node.kind) {
     case MaskKind::band:
       return (j - i >= node.band.lo) & (j - i <= node.band.hi);
@@ -89,13 +88,26 @@ inline vi visible(const MaskNode& node, int i0, int j) {
       return splat(-static_cast<int>(j < node.prefix));
     default: {
       int32_t seen[W];
-      for (int lane = 0; lane < W; ++lane)
-        seen[lane] = -static_cast<int>(node.visible(i0 + lane, j));
+      for (int lane = 0; lane < W; ++lane) seen[lane] = -static_cast<int>(node.visible(i[lane], j));
       return load_as<vi>(seen);
     }
   }
 }
 inline vi visible(const Formula& mask, int i0, int j) {
+  const Slots& slots = mask.slots;
+  vi i = i0 + iota(), held = splat(-1);
+  if (slots.q) {
+    int32_t token[W], label[W] = {};
+    for (int lane = 0; lane < W; ++lane) {
+      const int at = std::min(i0 + lane, slots.num_q - 1);
+      token[lane] = slots.q[at];
+      if (slots.q_label) label[lane] = slots.q_label[at];
+    }
+    if (slots.k[j] < 0) return vi{};
+    i = load_as<vi>(token), held = i >= 0;
+    if (slots.q_label) held &= load_as<vi>(label) == slots.k_label[j];
+    i &= held, j = slots.k[j];
+  }
   vi stack[kMaskNodes];
   int at = 0;
   for (int n = 0; n < mask.count; ++n)
@@ -104,8 +116,8 @@ inline vi visible(const Formula& mask, int i0, int j) {
     else if (mask.nodes[n].kind == MaskKind::either)
       --at, stack[at - 1] |= stack[at];
     else
-      stack[at++] = visible(mask.nodes[n], i0, j);
-  return stack[0];
+      stack[at++] = visible(mask.nodes[n], i, j);
+  return stack[0] & held;
 }
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

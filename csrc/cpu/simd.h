@@ -48,6 +48,7 @@ FASTATTN_INLINE void store_as(P* p, V v) {
 FASTATTN_INLINE vf splat(float x) { return x - vf{}; }
 FASTATTN_INLINE vi splat(int x) { return x - vi{}; }
 FASTATTN_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+FASTATTN_INLINE vi select(vi mask, vi yes, vi no) { return mask ? yes : no; }
 FASTATTN_INLINE vf max(vf a, vf b) {  // b where either is NaN
 #if FASTATTN_SIMD_WIDTH == 64
   return (vf)_mm512_mask_max_ps((__m512)a, 0xffff, (__m512)a,

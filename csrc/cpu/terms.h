@@ -55,7 +55,9 @@ struct Term {
   int64_t index_shape[2], index_row;
 
   Term() = default;
-  Term(const char* what, const Maybe& values, const Maybe& given_index, int64_t B, int64_t Hq) {
+  // `B` counts sequences, `in_row` those of one batch: numbers are of each, of each of a batch, or of all.
+  Term(const char* what, const Maybe& values, const Maybe& given_index, int64_t B, int64_t Hq,
+       int64_t in_row) {
     if (!values) return;
     const Tensor& t = *values;
     FASTATTN_CHECK(t.ndim == 2 || (t.ndim == 4 && !given_index), what, " is ", text(t),
@@ -66,7 +68,8 @@ struct Term {
     for (int axis = 0; axis < t.ndim; ++axis)
       shape[axis] = t.shape[axis], stride[axis] = t.shape[axis] == 1 ? 0 : t.stride[axis];
     const int64_t heads = t.ndim == 4 ? shape[1] : shape[0];
-    FASTATTN_CHECK((heads == 1 || heads == Hq) && (t.ndim == 2 || shape[0] == 1 || shape[0] == B),
+    FASTATTN_CHECK((heads == 1 || heads == Hq) &&
+                       (t.ndim == 2 || shape[0] == 1 || shape[0] == B || shape[0] == in_row),
                    what, " is ", text(t), "; B is ", B, " and Hq is ", Hq);
     if (t.ndim == 4) {
       form = shape[2] > 1   ? shape[3] > 1 ? Form::pairs : Form::queries
@@ -106,7 +109,8 @@ struct Term {
     }
     FASTATTN_CHECK((shape[2] == 1 || shape[2] >= Nq) && (shape[3] == 1 || shape[3] >= Nk), what,
                    " is [.., ", shape[2], ", ", shape[3], "]; Nq is ", Nq, " and Nk is ", Nk);
-    x.base += (b * stride[0] + h * stride[1]) * item, x.row = stride[2], x.column = stride[3];
+    x.base += (b % shape[0] * stride[0] + h * stride[1]) * item, x.row = stride[2],
+                                                                 x.column = stride[3];
     return x;
   }
 };
@@ -213,7 +217,7 @@ struct TermGradient {
     sums = room.data;
     if (form == Form::pairs) {
       tiles = (shape[2] + lanes - 1) / lanes, blocks = (shape[3] + block - 1) / block;
-      const bool is_shared = (shape[0] == 1 && B > 1) || (shape[1] == 1 && Hq > 1);
+      const bool is_shared = shape[0] < B || (shape[1] == 1 && Hq > 1);
       is_direct = !is_shared;
       turns = reinterpret_cast<int32_t*>(sums + size);
       FASTATTN_CHECK(room.shape[0] >= size + shape[0] * shape[1] * tiles * blocks,
@@ -267,7 +271,7 @@ struct TermGradient {
   // `rank` of those that share the matrix added before.
   void add_pairs(const float* ds, int64_t ld, int64_t b, int64_t h, int64_t i0, int64_t i1,
                  int64_t j0, int64_t j1, int64_t tile, int64_t block, int64_t rank) const {
-    const int64_t matrix = (shape[0] == 1 ? 0 : b) * shape[1] + (shape[1] == 1 ? 0 : h),
+    const int64_t matrix = b % shape[0] * shape[1] + (shape[1] == 1 ? 0 : h),
                   offset = matrix * shape[2] * shape[3];
     if (is_direct) {
       if (out.dtype == DType::f32)
@@ -345,7 +349,7 @@ struct TermGradient {
       for (int64_t h = 0; h < heads; ++h)
         for (int64_t x = 0; x < length; ++x) {
           double total = 0;
-          for (int64_t c = batches == 1 ? 0 : b; c < (batches == 1 ? B : b + 1); ++c)
+          for (int64_t c = b; c < B; c += batches)
             for (int64_t g = heads == 1 ? 0 : h; g < (heads == 1 ? Hq : h + 1); ++g)
               if (turns[c * Hq + g]) total += sums[(c * Hq + g) * length + x];
           to[(b * heads + h) * length + x] = static_cast<T>(static_cast<float>(total));

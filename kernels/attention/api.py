@@ -5,27 +5,22 @@ One file because the function, what it makes of its arguments and the cases that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from fastattn.backends import at_most, cpu, reference, takes, triton
-from fastattn.bias import expand
 from fastattn.checks import Axes, number, unit_stride
 from fastattn.choice import PROCESS
-from fastattn.dropout import keep
-from fastattn.kernels.attention import reference as formula
+from fastattn.kernels.attention import definition
 from fastattn.kernels.attention.arguments import mask_code, optional_arguments, sequence_ends
 from fastattn.kernels.attention.cases import BENCH, CASES, cost, make, peers
-from fastattn.masks import UNBOUNDED, Mask, materialize
+from fastattn.masks import UNBOUNDED, Mask
 from fastattn.op import Op, autocast
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 MAX_HEAD_DIM = 256
 AXES = Axes("attention", q="B Hq Nq D", k="B Hk Nk D", v="B Hk Nk Dv")
-SCORED = Axes("attention_importance", q="B Hq Nq D", k="B Hk Nk D")
-COLUMNS = Axes("column_attention", q="B H Nq D", k="B H Nk D", v="B H Nk Dv")
 PACKED = Axes("attention_varlen", q="Tq Hq D", k="Tk Hk D", v="Tk Hk Dv")
 
 # The arguments of the op between v and the mask; each may be absent.
@@ -34,31 +29,43 @@ PACKED = Axes("attention_varlen", q="Tq Hq D", k="Tk Hk D", v="Tk Hk Dv")
 #   heads                 int32 [Hq], the key head of each query head
 #   cu_q, cu_k            int32: sequences end to end; then B = 1, and the biases' B counts sequences
 #   seed                  int64 [1], of dropout
-# The result `rest` is what rounding took from lse, for the backward pass alone.
+#   slots_q, slots_k      int32 [B|1, heads, 1 or 2, slots]: the token of each slot of a group, -1 for none, and its label;
+#                         then cu_q and cu_k are the ends of groups, biases are by slot and their B counts groups
+# The result `rest` [B, Hq, 1 or 3, Nq] is for the backward pass alone: what rounding took from lse; and of queries that
+# keep some logits, the least of them and the last key that has it.
 EXTRAS = (
     "Tensor? bias, Tensor? bias_index, Tensor? bias2, Tensor? bias2_index, Tensor? weight, Tensor? weight_index,"
-    " Tensor? sinks, Tensor? visible, Tensor? blocks, Tensor? heads, Tensor? cu_q, Tensor? cu_k, Tensor? seed"
+    " Tensor? sinks, Tensor? visible, Tensor? blocks, Tensor? heads, Tensor? cu_q, Tensor? cu_k, Tensor? seed,"
+    " Tensor? slots_q, Tensor? slots_k"
 )
 NO_EXTRAS = (None,) * (EXTRAS.count(",") + 1)
 CU_Q = EXTRAS.split(",").index(" Tensor? cu_q")
-# numbers: scale, softcap or 0, clip[0] and clip[1] (0 and 1 where nothing is clipped), dropout
-PLAIN = (0.0, 0.0, 1.0, 0.0)
+SLOTS_Q = EXTRAS.split(",").index(" Tensor? slots_q")
+# numbers: scale, softcap or 0, clip[0] and clip[1] (0 and 1 where nothing is clipped), dropout, 1 where groups leave o
+# by slot, and how many logits a query keeps or 0
+PLAIN = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+BY_SLOT, TOPK = 5, 6
 
 
 def _fake(q, k, v, *more):
     B, Hq, Nq, _ = q.shape
-    if more[CU_Q] is None:
+    slots = Nq if more[SLOTS_Q] is None else more[SLOTS_Q].shape[3]
+    if more[SLOTS_Q] is not None:
+        o = q.new_empty(B, Hq, slots if more[-1][BY_SLOT] else Nq, v.shape[3])
+    elif more[CU_Q] is None:
         o = q.new_empty(B, Hq, Nq, v.shape[3])
     else:  # as users of packed sequences lay them out, [Nq, Hq, Dv]
         o = q.new_empty(B, Nq, Hq, v.shape[3]).transpose(1, 2)
     wide = F64 if q.dtype is F64 else F32
-    return o, q.new_empty(B, Hq, Nq, dtype=wide), q.new_empty(B, Hq, Nq, dtype=wide)
+    planes = 3 if more[-1][TOPK] else 1
+    lse, rest = (q.new_empty(B, Hq, *n, slots, dtype=wide) for n in ((), (planes,)))
+    return o, lse, rest
 
 
 def _fake_backward(
     do, dlse, q, k, v,
     bias, bias_index, bias2, bias2_index, weight, weight_index, sinks, visible, blocks, heads, cu_q, cu_k, seed,
-    o, lse, rest, mask, numbers, needs,
+    slots_q, slots_k, o, lse, rest, mask, numbers, needs,
 ):  # fmt: skip
     return [
         t.new_empty(*t.shape) if i < 3 or (t is not None and needs[i]) else q.new_empty(0)
@@ -73,8 +80,9 @@ def _workspace(
 
     For each gradient of a bias or weight, what it is summed in and whose turn that is: csrc/cpu/terms.h.
     """
-    cu_q, lse, needs = more[4], more[8], more[12]
+    cu_q, slots_q, slots_k, lse, needs = more[4], more[7], more[8], more[10], more[14]
     B, Hq, Nq, D = q.shape
+    Nq = Nq if slots_q is None else slots_q.shape[3]
     num = 1 if cu_q is None else cu_q.shape[0] - 1
     rows = Nq + 64 * num
     work = [lse.new_empty(B, Hq, (rows * D + rows + rows // 8 + 16 * num + 16) // 16 * 16)]
@@ -83,6 +91,14 @@ def _workspace(
     ):
         floats = _sums(values, index, B * num, Hq) if needed and values is not None else 0
         work.append(lse.new_empty(floats))
+    for slots, t in (
+        (slots_q, q),
+        (slots_k, k),
+        (slots_k, v),
+    ):  # gradients by slot, of tokens in several groups
+        work.append(
+            lse.new_empty(0 if slots is None else (*t.shape[:2], slots.shape[3], t.shape[3]))
+        )
     return work
 
 
@@ -92,57 +108,6 @@ def _sums(values, index, B, Hq):
         tiles = (values.shape[2] // 48 + 1) * (values.shape[3] // 128 + 1)
         return values.numel() + values.shape[0] * values.shape[1] * tiles
     return B * Hq * (values[0].numel() if values.dim() == 2 else max(values.shape[2:])) + B * Hq
-
-
-def _reference(
-    q, k, v,
-    bias, bias_index, bias2, bias2_index, weight, weight_index, sinks, visible, blocks, heads, cu_q, cu_k, seed,
-    mask, numbers,
-):  # fmt: skip
-    scale, softcap, low, high, dropout = numbers
-    B, Hq = q.shape[:2]
-    parts = []
-    for b, (q_, k_, v_) in _sequences(q, k, v, cu_q, cu_k):
-        Nq, Nk = q_.shape[2], k_.shape[2]
-
-        def pairwise(values, index, b=b, Nq=Nq, Nk=Nk):
-            if values is None:
-                return None
-            dense = (
-                expand(values, index, Nq, Nk)
-                if index is None
-                else expand(values, index[:Nq, :Nk], Nq, Nk)
-            )
-            dense = dense[b : b + 1] if cu_q is not None and dense.shape[0] > 1 else dense
-            return dense[:, :, :Nq, :Nk]
-
-        parts.append(
-            formula.forward(
-                q_, k_, v_,
-                materialize(mask, Nq, Nk, q.device, blocks, pairwise(visible, None)),
-                scale,
-                bias=[pairwise(t, i) for t, i in ((bias, bias_index), (bias2, bias2_index)) if t is not None],
-                softcap=softcap,
-                sinks=sinks,
-                clip=None if (low, high) == (0.0, 1.0) else (low, high),
-                weight=pairwise(weight, weight_index),
-                keep=keep(seed, dropout, B, Hq, Nq, Nk, b) if dropout else None,
-                heads=None if heads is None else heads.long(),
-            )
-        )  # fmt: skip
-    o, lse = parts[0] if cu_q is None else (torch.cat(t, 2) for t in zip(*parts))
-    return o, lse, torch.zeros_like(lse)
-
-
-def _sequences(q, k, v, cu_q, cu_k) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
-    """(0, the tensors), or the number and the rows of each sequence."""
-    if cu_q is None:
-        yield 0, (q, k, v)
-        return
-    ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
-    for b in range(len(ends_q) - 1):
-        of_q, of_k = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
-        yield b, (q[:, :, of_q], k[:, :, of_k], v[:, :, of_k])
 
 
 OP = Op(
@@ -158,8 +123,10 @@ OP = Op(
         "dtype": "q.dtype",
         "D": "q.shape[3]",
         "Dv": "v.shape[3]",
+        "groups": "slots_q is not None",
+        "topk": "numbers[6] > 0",
     },
-    reference=_reference,
+    reference=definition.forward,
     backends=(
         *cpu(
             "attention",
@@ -173,6 +140,8 @@ OP = Op(
             takes("dtype", F32, BF16, F16),
             at_most("D", MAX_HEAD_DIM),
             at_most("Dv", MAX_HEAD_DIM),
+            takes("groups", False),
+            takes("topk", False),
         ),
         reference(),
     ),
@@ -383,154 +352,3 @@ def _nested(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Any:
         return torch.nested.nested_tensor_from_jagged(t, q.offsets()).transpose(1, 2)
 
     return tuple(jagged(t) for t in found) if isinstance(found, tuple) else jagged(found)
-
-
-# ---- Transposed: P^T instead of P ------------------------------------------------------------------------
-
-
-class _Transposed(torch.autograd.Function):
-    """y_j = sum_i p_ij u_i: the gradient of o with respect to v, at u.  Its own gradients are those of attention to
-    the values dy, so that nothing of size Nq Nk is stored."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, backend: str, code: Any, numbers: Any, q: Any, k: Any, u: Any, *extras: Any
-    ) -> Any:
-        B, Hk, Nk, _ = k.shape
-        _, lse, rest = OP.call(
-            q, k, k.new_zeros(B, Hk, Nk, 1), *extras, code, numbers, backend=backend
-        )
-        v = k.new_zeros(1, 1, 1, u.shape[3]).expand(B, Hk, Nk, -1)
-        needs = [False, False, True, False, False, False, False]
-        # o and v are not looked at where only dv is asked for
-        y = OP.call_backward(
-            u, None, q, k, v, *extras, u, lse, rest, code, numbers, needs, backend=backend
-        )[2]
-        ctx.save_for_backward(q, k, u, lse, rest, *extras)
-        ctx.others = backend, code, numbers
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        (q, k, u, lse, rest, *extras), (backend, code, numbers) = ctx.saved_tensors, ctx.others
-        dy = unit_stride(dy)
-        o = OP.call(q, k, dy, *extras, code, numbers, backend=backend)[0]
-        wanted = ctx.needs_input_grad[3:]
-        needs = [wanted[0], wanted[1], False, wanted[3], wanted[5], wanted[7], wanted[9]]
-        dq, dk, _, dbias, dbias2, dweight, dsinks = OP.call_backward(
-            u, None, q, k, dy, *extras, o, lse, rest, code, numbers, needs, backend=backend
-        )
-        found = (dq, dk, o, dbias, None, dbias2, None, dweight, None, dsinks)
-        return (
-            None,
-            None,
-            None,
-            *(d if want else None for d, want in zip(found, wanted)),
-            *(None,) * 6,
-        )
-
-
-def _transposed(
-    function: str, q: torch.Tensor, k: torch.Tensor, u: torch.Tensor, mask: Any, causal: bool, scale: float | None,
-    backend: str | None, **options: Any,
-) -> torch.Tensor:  # fmt: skip
-    B, Hq, Nq, D = q.shape
-    scale = (D or 1) ** -0.5 if scale is None else number(function, "scale", scale)
-    names = ("softcap", "bias", "sinks", "clip", "weight", "head_map")
-    extras, code, numbers = optional_arguments(
-        function, q, (B, Hq, Nq, k.shape[2]), k.shape[1], mask, causal, scale,
-        *(options.get(name) for name in names), 0.0, None,
-    )  # fmt: skip
-    chosen = PROCESS.backend("attention", backend)
-    run: Any = _Transposed.apply
-    return run(chosen, code, numbers, unit_stride(q), unit_stride(k), unit_stride(u), *extras)  # type: ignore[no-any-return]
-
-
-def attention_importance(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    *,
-    query_weight: torch.Tensor | None = None,
-    mask: Mask | torch.Tensor | None = None,
-    bias: Any = None,
-    causal: bool = False,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    clip: tuple[float, float] | None = None,
-    weight: Any = None,
-    backend: str | None = None,
-) -> torch.Tensor:
-    """How much attention each key gets: ``a_j = sum_i w_i p_ij``, the column sums of P, without forming P.
-
-    q [B, Hq, Nq, D], k [B, Hk, Nk, D], query_weight w that broadcasts to [B, Hq, Nq] (1 when None) -> a [B, Hq, Nk].
-
-    p and the keywords are those of ``attention``.  Divide by Nq for means, as token pruning and merging use them.
-    Memory is O(Nq + Nk); differentiable in every float input.
-
-    >>> import torch, fastattn as fa
-    >>> q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
-    >>> torch.allclose(fa.attention_importance(q, k).sum(-1), torch.tensor(5.0))
-    True
-    """
-    q, k = autocast(q, k)
-    B, Hq, Nq, D, Hk, Nk = SCORED(q, k)
-    if Hq != Hk:
-        if Hk == 0 or Hq % Hk:
-            raise ValueError(
-                f"attention_importance: Hq is {Hq} and Hk is {Hk}; Hq must be a multiple of Hk"
-            )
-        k = k.repeat_interleave(Hq // Hk, 1)  # a column a query head
-    if query_weight is None:
-        u = q.new_ones(1, 1, 1, 1).expand(B, Hq, Nq, 1)
-    else:
-        given = query_weight.shape
-        if len(given) > 3 or any(n not in (1, size) for n, size in zip(given[::-1], (Nq, Hq, B))):
-            raise ValueError(
-                f"attention_importance: query_weight is {list(given)}; it must broadcast to [B, Hq, Nq] = {[B, Hq, Nq]}"
-            )
-        u = query_weight.to(q.dtype).expand(B, Hq, Nq)[..., None]
-    return _transposed(
-        "attention_importance", q, k, u, mask, causal, scale, backend, bias=bias, softcap=softcap, sinks=sinks,
-        clip=clip, weight=weight,
-    )[..., 0]  # fmt: skip
-
-
-def column_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float | None = None,
-    mask: Mask | torch.Tensor | None = None,
-    sender_weight: torch.Tensor | None = None,
-    backend: str | None = None,
-) -> torch.Tensor:
-    """Attention normalised over queries: ``o_i = sum_j p_ij w_j v_j`` with ``p_.j = softmax_i(scale q_i . k_j)``.
-
-    q [B, H, Nq, D], k [B, H, Nk, D], v [B, H, Nk, Dv], sender_weight w that broadcasts to [B, H, Nk] (1 when None)
-    -> o [B, H, Nq, Dv].
-
-    Every key hands out its value once, in shares that sum to 1; those of a query need not.  The mask says which
-    query i may get from which key j, as in ``attention``.  Memory is O(Nq + Nk).
-
-    >>> import torch, fastattn as fa
-    >>> q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
-    >>> torch.allclose(fa.column_attention(q, k, v).sum(2), v.sum(2), atol=1e-5)
-    True
-    """
-    q, k, v = autocast(q, k, v)
-    B, H, Nq, D, Nk, Dv = COLUMNS(q, k, v)
-    if isinstance(mask, Mask):
-        mask = mask.transposed(Nq, Nk)
-    elif isinstance(mask, torch.Tensor):
-        mask = mask.expand(*mask.shape[:-2], Nq, Nk).mT if mask.dim() > 1 else mask[..., None]
-    if sender_weight is not None:
-        given = sender_weight.shape
-        if len(given) > 3 or any(n not in (1, size) for n, size in zip(given[::-1], (Nk, H, B))):
-            raise ValueError(
-                f"column_attention: sender_weight is {list(given)}; it must broadcast to [B, H, Nk] = {[B, H, Nk]}"
-            )
-        v = v * sender_weight[..., None].to(v.dtype)
-    return _transposed("column_attention", k, q, v, mask, False, scale, backend)

@@ -41,16 +41,18 @@ def optional_arguments(
     function: str, q: torch.Tensor, sizes: tuple[int, int, int, int], Hk: int, mask: Any, causal: bool, scale: float,
     softcap: Any, bias: Any, sinks: Any, clip: Any, weight: Any, head_map: Any, dropout: Any, seed: Any,
     cu_q: torch.Tensor | None = None, cu_k: torch.Tensor | None = None,
+    slots_q: torch.Tensor | None = None, slots_k: torch.Tensor | None = None,
+    pairs: tuple[int, int, int, int] | None = None,
 ) -> tuple[Sequence[Any], list[int], tuple[float, ...]]:  # fmt: skip
-    """The op's arguments between v and the end, checked: ``sizes`` are B, Hq, Nq, Nk."""
+    """The op's arguments between v and the end, checked: ``sizes`` are B, Hq, Nq, Nk; ``pairs`` those of biases if others."""
     Hq = sizes[1]
     visible = None
     if isinstance(mask, torch.Tensor) and mask.dtype is torch.bool:
         visible, mask = _broadcasts(function, "mask", mask, sizes), Dense()
     code, blocks = mask_code(function, mask, causal, Hq)
-    added = terms(function, "bias", bias, sizes, q.dtype)
+    added = terms(function, "bias", bias, pairs or sizes, q.dtype)
     first, second = (*added, Term(None), Term(None))[:2]  # type: ignore[arg-type]
-    times = terms(function, "weight", _weight(function, weight), sizes, q.dtype)
+    times = terms(function, "weight", _weight(function, weight), pairs or sizes, q.dtype)
     factor = times[0] if times else Term(None)  # type: ignore[arg-type]
     if sinks is not None:
         if not isinstance(sinks, torch.Tensor) or tuple(sinks.shape) != (Hq,):
@@ -68,6 +70,7 @@ def optional_arguments(
         None if head_map is None else _head_map(function, head_map, Hq, Hk),
         cu_q, cu_k,
         _seed(function, seed, q.device) if dropout else None,
+        slots_q, slots_k,
     )  # fmt: skip
     for name, t in zip(
         ("bias", "", "bias", "", "weight", "", "sinks", "mask", "", "head_map"), extras
@@ -76,7 +79,7 @@ def optional_arguments(
             raise ValueError(
                 f"{function}: {name} is on {t.device} and q on {q.device}; they must share one device"
             )
-    return extras, code, (scale, softcap, low, high, dropout)
+    return extras, code, (scale, softcap, low, high, dropout, 0.0, 0.0)
 
 
 def _broadcasts(

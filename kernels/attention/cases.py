@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastattn.bias import ALiBi, KeyBias, Relative, Toeplitz
+from fastattn.groups import Groups
 from fastattn.masks import BlockSparse, Causal, Dilated, Full, Prefix, Window, pairs
 from fastattn.op import Case, Cost
 
@@ -41,11 +42,27 @@ def make(case: Case, randn: Any) -> dict[str, Any]:
         "k": randn(case.B, Hk, case.Nk, D),
         "v": randn(case.B, Hk, case.Nk, case.Dv or D),
     }
+    of_pairs = case  # whose B, Nq and Nk biases have
+    if case.groups:
+        call |= {"function": "grouped_attention", "combine": case.combine or "only"}
+        if case.combine:
+            call["return_lse"] = False  # of which there is none
+        call["groups"], key_groups = _groups(case, call["q"].device)
+        if key_groups:
+            call["key_groups"] = key_groups
+        sizes = [int(g.ends.diff().max()) for g in (call["groups"], key_groups or call["groups"])]
+        num = call["groups"].num * (case.B if case.each else 1)
+        of_pairs = case.but(B=num, Nq=sizes[0], Nk=sizes[1])
+    if case.topk:
+        call |= {"function": "topk_attention", "topk": case.topk}
+        if case.exact and call["q"].dtype != torch.float64:
+            # logits without rounding, some of them equal; but finite differences want none
+            call |= {name: (8 * call[name]).round() / 8 for name in "qk"}
     if case.bias:
-        biases = [_pairwise(case, kind, randn) for kind in case.bias.split("+")]
+        biases = [_pairwise(of_pairs, kind, randn) for kind in case.bias.split("+")]
         call["bias"] = biases if len(biases) > 1 else biases[0]
     if case.weight:
-        call["weight"] = _pairwise(case, case.weight, randn)
+        call["weight"] = _pairwise(of_pairs, case.weight, randn)
     if case.sinks:
         call["sinks"] = randn(case.Hq, wide=True)
     if case.visible:
@@ -72,10 +89,44 @@ def _packed(case: Case, call: dict[str, Any], randn: Any) -> dict[str, Any]:
     }
 
 
+def _groups(case: Case, device: Any) -> tuple[Groups, Groups | None]:
+    """Groups of queries, and of keys if others; of grids 10 wide, but for "swin"."""
+    generator, Hk = torch.Generator().manual_seed(3), case.Hk or case.Hq
+    kind, N, Nk, grid = case.groups, case.Nq, case.Nk, (case.Nq // 10, 10)
+
+    def drawn(*shape: int) -> torch.Tensor:  # no token twice
+        sets = torch.rand(*shape[:2], N, generator=generator).argsort(-1).to(torch.int32)
+        return sets[..., : torch.Size(shape[2:]).numel()].reshape(shape)
+
+    key_groups = None
+    if kind == "swin":
+        groups = Groups.windows((56, 56), 7, shift=3 if case.shifted else 0)
+    elif kind == "windows":
+        groups = Groups.windows(grid, (3, 5))
+    elif kind == "shifted":
+        groups = Groups.windows(grid, (3, 5), shift=(1, 2))
+    elif kind == "stripes":
+        groups = Groups.windows(grid, stripes=2)
+    elif kind == "sets":
+        index = drawn(case.B, Hk, 2, N // 2 - 3)
+        groups = Groups(index.masked_fill(index % 7 == 3, -1))
+    elif kind == "ragged":
+        ends = torch.tensor([0, 5, 5, N // 2, N // 2 + 1, N - 2], dtype=torch.int32)
+        groups = Groups(drawn(1, Hk, N - 2), ends)
+    else:  # tokens in several groups, and some twice in one
+        draw = torch.randint(-1, N, (case.B, Hk, 5, 17), generator=generator)
+        groups = Groups(draw)
+        if kind == "keys":
+            groups = Groups(drawn(1, 1, 5, N // 5))
+            key_groups = Groups(torch.randint(0, Nk, (1, Hk, 5, 23), generator=generator))
+    return groups.to(device), key_groups.to(device) if key_groups else None
+
+
 def cost(case: Case, size: int) -> Cost:
     """Two products of 2 D flops a pair forward, five backward; every tensor once through memory."""
     D, Dv, Hk = case.D, case.Dv or case.D, case.Hk or case.Hq
-    work = 2 * case.B * case.Hq * pairs(case.mask or Full(), case.Nq, case.Nk)
+    seen = case.Nq * 49 if case.groups == "swin" else pairs(case.mask or Full(), case.Nq, case.Nk)
+    work = 2 * case.B * case.Hq * seen
     queries = case.B * case.Hq * case.Nq * (D + Dv) * size
     keys = case.B * Hk * case.Nk * (D + Dv) * size
     return Cost(work * (D + Dv), work * (3 * D + 2 * Dv), queries + keys, 2 * (queries + keys))
@@ -85,6 +136,8 @@ def peers(q, k, v, mask=None, scale=None, bias=None, **others):
     """PyTorch's own: its causal flag where that means the same, else its dense mask; nothing for what it lacks."""
     if others.get("function") == "attention_varlen":
         return _packed_peers(q, k, v, mask, scale, bias, **others)
+    if others.get("function") == "grouped_attention":
+        return _grouped_peers(q, k, v, mask, scale, bias, **others)
     if others or (bias is not None and not isinstance(bias, torch.Tensor)):
         return {}
     sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -126,6 +179,37 @@ def _packed_peers(q, k, v, mask, scale, bias, function, cu_seqlens_q, cu_seqlens
     return {"torch sdpa": one_by_one}
 
 
+def _grouped_peers(q, k, v, mask, scale, bias, function, groups, combine, **others):
+    """PyTorch's on rows gathered group by group, and put back: as windowed attention is written."""
+    alike = (
+        groups.slots.shape[:3] == (1, 1, 1)
+        and groups.is_regular
+        and bool((groups.slots >= 0).all())
+    )
+    if (
+        others
+        or mask is not None
+        or combine != "only"
+        or not isinstance(bias, torch.Tensor)
+        or not alike
+    ):
+        return {}
+    token, num = groups.slots[0, 0, 0].long(), groups.num
+
+    def gathered(q, k, v, bias):
+        B, H, N, _ = q.shape
+        q, k, v = (
+            t[:, :, token].unflatten(2, (num, -1)).transpose(1, 2).flatten(0, 1) for t in (q, k, v)
+        )
+        o = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias.to(q.dtype), scale=scale
+        )
+        o = o.unflatten(0, (B, num)).transpose(1, 2).flatten(2, 3)
+        return torch.empty_like(o).index_copy(2, token, o)
+
+    return {"torch sdpa": gathered}
+
+
 _MASKS = (
     None,
     Causal(),
@@ -149,6 +233,7 @@ _BIASES = ("BHNM", "1HNM", "B1NM", "11NM", "1H1M", "BHN1", "wide:1HNM", "wide:BH
            "alibi", "toeplitz", "relative", "key", "1HNM+key")  # fmt: skip
 _RAGGED = ((70, 140), (0, 5), (1, 1), (33, 17), (7, 0), (129, 129))
 _PACKED = {"B": 6, "Hq": 4, "Hk": 2, "Nq": 129, "Nk": 140, "D": 32}
+_GROUPED = {"B": 2, "Hq": 2, "Nq": 60, "Nk": 60, "D": 32}
 _SMALL = {"B": 2, "Hq": 2, "Nq": 37, "Nk": 140, "D": 32}
 
 CASES = [
@@ -192,6 +277,22 @@ CASES = [
     Case(**_PACKED, lengths=_RAGGED, mask=Causal(), softcap=4.0, sinks=True, weight="toeplitz", dropout=0.2, seed=3),
     Case(**_PACKED, lengths=((0, 0),)),
     Case(**_PACKED, lengths=((5, 5), (130, 130), (1, 1)), mask=Causal(), layout="transposed"),
+    # the greatest logits
+    *(Case(B=1, Hq=4, Hk=2, Nq=37, Nk=140, D=16, topk=n, exact=True, mask=mask) for n in (1, 9, 130) for mask in (None, Causal())),
+    *(Case(**_SMALL, topk=n, mask=mask) for n in (4, 40) for mask in (None, Window(20, 3))),
+    Case(B=2, Hq=2, Nq=70, Nk=300, D=64, topk=16, bias="1HNM", sinks=True, mask=_FORMULAS[2]),
+    # groups
+    *(Case(**_GROUPED, groups=kind, mask=mask) for kind in ("windows", "shifted", "stripes", "sets", "ragged")
+      for mask in (None, Causal())),
+    *(Case(**_GROUPED, groups="shifted", bias=bias) for bias in ("relative", "1HNM", "BHNM", "key")),
+    Case(**_GROUPED, groups="windows", bias="BHNM+toeplitz", each=True),
+    *(Case(**_GROUPED, groups="ragged", bias=bias, mask=Window(25, 9)) for bias in ("toeplitz", "1HNM", "B1NM")),
+    *(Case(**_GROUPED, groups="several", combine=how, mask=mask) for how in ("mean", "sum") for mask in (None, Causal())),
+    Case(B=2, Hq=4, Hk=2, Nq=60, Nk=70, D=64, Dv=40, groups="keys", mask=Causal(), layout="transposed"),
+    Case(B=1, Hq=4, Hk=2, Nq=60, Nk=33, D=48, groups="keys", bias="1HNM", sinks=True, softcap=4.0),
+    Case(B=2, Hq=2, Nq=410, Nk=410, D=64, groups="sets", mask=_FORMULAS[2], bias="1HNM"),
+    Case(**_GROUPED, groups="sets", visible="BHNM", weight="toeplitz", dropout=0.2, seed=5, clip=(-0.02, 1.1)),
+    Case(B=2, Hq=2, Nq=60, Nk=60, D=48, groups="ragged", layout="sliced", mask=BlockSparse(_LAYOUT, 9)),
 ]  # fmt: skip
 
 BENCH = [
@@ -199,4 +300,5 @@ BENCH = [
       for n in (1024, 4096) for d in (64, 128) for mask in (None, Causal())),
     *(Case(B=1, Hq=8, Nq=n, Nk=n, D=64) for n in (16, 64, 128)),
     Case(B=1, Hq=8, Nq=2048, Nk=2048, D=64, bias="1HNM"),
+    Case(B=2, Hq=4, Nq=3136, Nk=3136, D=32, groups="swin", bias="1HNM"),
 ]  # fmt: skip

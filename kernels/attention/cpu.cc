@@ -64,6 +64,8 @@ struct Tile {
   float *l, *block_sum;    // of its weights: in all, and in this block
   int64_t i0, i1, Dv;
   const Extras* extras;  // of calls that are not plain
+  float *floor,
+      *last;  // of each lane, the least logit kept and the last key of that logit (Floors); or null
 };
 
 template <class Mul>
@@ -173,8 +175,9 @@ struct Weights {
                     s, splat(-kInf));
     } else {
       vf slope;
-      return settled(
-          score.logit(dot, load(t.extras->added + (row + r) * kTile + lane + v * W), slope));
+      const int64_t at = lane + v * W;
+      const vf s = settled(score.logit(dot, load(t.extras->added + (row + r) * kTile + at), slope));
+      return t.floor ? kept(s, t.floor + at, t.last + at, j0 + r) : s;
     }
   }
 
@@ -213,6 +216,73 @@ struct Weights {
   }
 };
 
+// The logits of a run, to rows of kTile lanes: what a query chooses its greatest from.
+template <class Mul>
+struct Logits {
+  const Tile& t;
+  Words k;
+  int64_t words;
+  const Bent& score;
+  int lane;
+  int64_t row;
+  float* to;
+
+  template <int R, int NV>
+  FASTATTN_INLINE void tile(int64_t r0) {
+    vf acc[R][NV] = {}, slope;
+    multiply<Mul>(acc, k.at(r0, 0), t.qt + lane, kTile, words);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const int64_t at = (row + r0 + r) * kTile + lane + v * W;
+        store(to + at, settled(score.logit(acc[r][v], load(t.extras->added + at), slope)));
+      }
+  }
+};
+
+// Of each lane of x [n x kTile], the k-th greatest number, and which row is the last to be kept of those equal to it:
+// by halving the range of floats, whose bits are in their order.
+inline void find_floors(const float* x, int64_t n, int64_t k, int64_t first, float* floor,
+                        float* last) {
+  const auto ordered = [](vi bits) { return bits ^ ((bits >> 31) & INT32_MAX); };  // and back
+  const vi want = splat(static_cast<int>(std::min<int64_t>(k, INT32_MAX)));
+  vi lo[kVecs], hi[kVecs], count[kVecs];
+  vf at[kVecs];
+  const auto count_all = [&](auto compare) {
+    for (vi& c : count) c = vi{};
+    for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) count[v] -= compare(load(x + j * kTile + v * W), at[v]);
+  };
+  for (int v = 0; v < kVecs; ++v)
+    lo[v] = ordered((vi)splat(-kInf)), hi[v] = ordered((vi)splat(kInf)) + 1;
+  for (bool found = false; !found;) {
+    for (int v = 0; v < kVecs; ++v) at[v] = (vf)ordered((lo[v] & hi[v]) + ((lo[v] ^ hi[v]) >> 1));
+    count_all([](vf a, vf b) { return a >= b; });
+    found = true;
+    for (int v = 0; v < kVecs; ++v) {
+      const vi middle = ordered((vi)at[v]), enough = count[v] >= want;
+      lo[v] = select(enough, middle, lo[v]);
+      hi[v] = select(enough, hi[v], middle);
+      hi[v] = select(count[v] == want, middle + 1, hi[v]);
+      found &= !any(lo[v] + 1 < hi[v]);
+    }
+  }
+  for (int v = 0; v < kVecs; ++v) at[v] = (vf)ordered(lo[v]);
+  count_all([](vf a, vf b) { return a > b; });
+  for (int v = 0; v < kVecs; ++v) {
+    const vi equal = want - count[v];  // as many are kept
+    vi met{}, end = splat(INT32_MAX);
+    for (int64_t j = 0; j < n; ++j) {
+      met -= load(x + j * kTile + v * W) == at[v];
+      end = select((met == equal) & (end == INT32_MAX), splat(static_cast<int>(first + j)), end);
+    }
+    store(floor + v * W, at[v]);
+    store(last + v * W, (vf)end);
+  }
+}
+
 template <class T, bool Plain>
 struct Forward {
   using Mul = typename MulOf<T>::type;
@@ -220,7 +290,8 @@ struct Forward {
   using Score = typename Weights<Mul, Plain>::Score;
 
   View<T, 4> o;
-  View<float, 3> lse, rest;
+  View<float, 3> lse;
+  View<float, 4> rest;
   View<const T, 4> q, k, v;
   const Options& options;
   Score score;
@@ -240,7 +311,8 @@ struct Forward {
     constexpr int64_t kPlane = (kKeys + 1) * kTile;
     Carver carver{static_cast<float*>(
         scratch(4 * (kMost * (words + Dv + 3) * kTile + (Plain ? 1 : 3) * kPlane +
-                     kKeys * (up(D, W) + up(Dv, W)) + 10 * kTile + 20 * 32)))};
+                     (o.topk ? (up(s.Nk, kKeys) + 2) * kTile : 0) + kKeys * (up(D, W) + up(Dv, W)) +
+                     10 * kTile + 20 * 32)))};
     float *p = carver.take(kPlane), *kc = carver.take(kKeys * up(D, W)),
           *vc = carver.take(kKeys * up(Dv, W)), *block_sum = carver.take(kTile),
           *x = carver.take(8 * kTile);
@@ -262,8 +334,8 @@ struct Forward {
       tile.x = x;
       tile.m = carver.take(kTile), tile.limit = carver.take(kTile);
       tile.l = carver.take(kTile), tile.block_sum = block_sum;
-      tile.extras = &extras;
-      pack_lanes<Mul>(tile.qt, rows_of(q, s, h, s.q0), tile.i0, tile.i1, D);
+      tile.extras = &extras, tile.floor = tile.last = nullptr;
+      pack_lanes<Mul>(tile.qt, o.queries(q, s, h), tile.i0, tile.i1, D);
       std::fill_n(tile.ot, Dv * kTile, 0.0f);
       std::fill_n(tile.m, kTile, 0.0f);
       std::fill_n(tile.limit, kTile, -kInf);
@@ -272,10 +344,14 @@ struct Forward {
       keys = {std::min(keys.begin, seen.begin), std::max(keys.end, seen.end)};
     }
 
+    if constexpr (!Plain)
+      if (o.topk)
+        for (int t = 0; t < count; ++t) choose(tiles[t], mask, s, h, kc, carver);
+
     // Clipping takes p itself: then the denominator is found first, and becomes m.
     const bool clips = !Plain && o.clip.is_on();
     for (int pass = clips ? 0 : 1; pass < 2; ++pass) {
-      const Strided<const T> ks = rows_of(k, s, hk, s.k0), vs = rows_of(v, s, hk, s.k0);
+      const Strided<const T> ks = o.keys(k, s, hk), vs = o.keys(v, s, hk);
       for (int64_t j0 = keys.begin / kKeys * kKeys; j0 < keys.end;
            j0 += kKeys) {  // blocks lie where they lie for all
         const int64_t j1 = std::min(j0 + kKeys, s.Nk);
@@ -293,8 +369,38 @@ struct Forward {
         if (!pass)
           settle_weights(tiles[t], s, h);
         else
-          unpack_lanes(rows_of(this->o, s, h, s.q0), tiles[t].i0, tiles[t].i1, tiles[t].ot, Dv, p);
+          unpack_lanes(o.outputs(this->o, s, h), tiles[t].i0, tiles[t].i1, tiles[t].ot, Dv, p);
       }
+    }
+  }
+
+  // Which logits a tile keeps.
+  void choose(Tile& tile, const Mask& mask, const Sequence& s, int64_t h, float* kc,
+              Carver carver) {
+    const Strided<const T> ks = options.keys(k, s, options.key_head(h));
+    const Range keys = mask.keys(tile.i0, tile.i1);
+    const int64_t from = keys.begin / kKeys * kKeys, to = std::max(keys.end, from),
+                  words = up(D, Mul::kPack) / Mul::kPack;
+    float *floor = carver.take(kTile), *last = carver.take(kTile),
+          *logits = carver.take((to - from) * kTile);
+    std::fill_n(logits, (to - from) * kTile, -kInf);
+    for (int64_t j0 = from; j0 < to; j0 += kKeys) {
+      const int64_t j1 = std::min(j0 + kKeys, s.Nk);
+      const Runs runs = runs_of(mask, tile.i0, tile.i1, j0, j1);
+      if (!runs.count) continue;
+      const Words kw = along_columns<Mul>(kc, ks, j0, j1, D);
+      tile.extras->read(mask, runs, kTile, tile.i0, tile.i1, j0, j1);
+      for (const Run& run : runs) {
+        Logits<Mul> f{
+            tile, kw.at(run.j0, 0), words, score, run.v0 * W, run.j0, logits + (j0 - from) * kTile};
+        for_tiles(f, run.keys(), run.vecs());
+      }
+    }
+    find_floors(logits, to - from, options.topk, from, floor, last);
+    tile.floor = floor, tile.last = last;
+    for (int64_t i = tile.i0; i < tile.i1; ++i) {
+      rest(s.row, h, 1, s.q0 + i) = floor[i - tile.i0];
+      rest(s.row, h, 2, s.q0 + i) = last[i - tile.i0];
     }
   }
 
@@ -345,7 +451,7 @@ struct Forward {
       store(factor + v * W, by);
       const int64_t at = s.q0 + tile.i0 + v * W, left = tile.i1 - tile.i0 - v * W;
       for (auto& [to, x] :
-           {std::pair{&lse(s.row, h, at), log}, std::pair{&rest(s.row, h, at), low}})
+           {std::pair{&lse(s.row, h, at), log}, std::pair{&rest(s.row, h, 0, at), low}})
         left >= W ? store(to, x) : store(to, x, left);
     }
   }
@@ -376,13 +482,14 @@ struct ForwardOf {
   void operator()(Type<T>, Value<Plain>) const {
     const Sequences& sequences = options.sequences;
     const int64_t B = q.shape[0], Hq = q.shape[1], Hk = k.shape[1], Nq = q.shape[2],
-                  Nk = k.shape[2], D = q.shape[3], Dv = v.shape[3];
-    const int64_t share = B * Hq * sequences.parts(Nq, kTile) /
+                  Nk = k.shape[2], D = q.shape[3], Dv = v.shape[3], slots = sequences.Nq;
+    const int64_t share = B * Hq * sequences.parts(slots, kTile) /
                           (4 * num_threads());  // several tiles share the copies of a key block
-    const int64_t per_task = std::is_same_v<T, float> ? 1 : std::clamp<int64_t>(share, 1, 4);
-    Forward<T, Plain> f{View<T, 4>("o", o, {B, Hq, Nq, Dv}),
-                        View<float, 3>("lse", lse, {B, Hq, Nq}),
-                        View<float, 3>("rest", rest, {B, Hq, Nq}),
+    const int64_t per_task =
+        std::is_same_v<T, float> || options.topk ? 1 : std::clamp<int64_t>(share, 1, 4);
+    Forward<T, Plain> f{View<T, 4>("o", o, {B, Hq, options.num_outputs(), Dv}),
+                        View<float, 3>("lse", lse, {B, Hq, slots}),
+                        View<float, 4>("rest", rest, {B, Hq, options.topk ? 3 : 1, slots}),
                         View<const T, 4>("q", q, {B, Hq, Nq, D}),
                         View<const T, 4>("k", k, {B, Hk, Nk, D}),
                         View<const T, 4>("v", v, {B, Hk, Nk, Dv}),
@@ -391,8 +498,9 @@ struct ForwardOf {
                         D,
                         Dv,
                         per_task,
-                        sequences.parts(Nq, per_task * kTile)};
+                        sequences.parts(slots, per_task * kTile)};
     f.score = score_of<Plain, typename MulOf<T>::type>(options);
+    if (!options.by_slot && !options.slots_q.covers) clear(f.o);
     parallel_for(B * Hq * f.tasks_per_head, f);
   }
 };

@@ -65,7 +65,8 @@ struct Backward {
   View<T, 4> dq, dk, dv;
   View<float, 3> work;
   View<const T, 4> q, k, v, o, dout;
-  View<const float, 3> lse, rest;
+  View<const float, 3> lse;
+  View<const float, 4> rest;
   const Options& options;
   Score score;
   float scale;
@@ -73,6 +74,8 @@ struct Backward {
   bool needs_dq, needs_dk, needs_dv, needs_dsinks;
   int64_t D, Dv, block, blocks_per_task, tasks_per_head, heads, heads_at_once;
   std::optional<View<const float, 3>> dlse;
+  std::optional<View<float, 4>> dq_parts, dk_parts,
+      dv_parts;  // by slot, of tokens in several groups
 
   bool needs_ds() const {
     return needs_dq || needs_dk || dbias[0].is_needed() || dbias[1].is_needed() ||
@@ -106,7 +109,7 @@ struct Backward {
   };
   struct
       Tile {  // q and do by lanes (each stripe of its own) and by rows; of each lane; and of one block, P and dS
-    float *qt, *dot, *qr, *dor, *lse, *lse_low, *delta, *dlse, *p, *db, *x;
+    float *qt, *dot, *qr, *dor, *lse, *lse_low, *delta, *dlse, *floor, *last, *p, *db, *x;
     T *pa, *da;
     Planes planes;
   };
@@ -116,7 +119,7 @@ struct Backward {
   int64_t room(int64_t count) const {
     const int64_t wide = up(D, W), wide_v = up(Dv, W);
     int64_t floats = count * 3 * block * (wide + wide_v) + 2 * kQueries * (wide + wide_v) +
-                     ((block + 1) * 4 + 4) * kQueries + 8 * kTile + (count + 2) * 16 * 32;
+                     ((block + 1) * 4 + 6) * kQueries + 8 * kTile + (count + 2) * 16 * 32;
     if (!Plain) {
       floats += 7 * kPlane;
       for (const TermGradient* g : {&dbias[0], &dbias[1], &dweight})
@@ -128,7 +131,8 @@ struct Backward {
     const int64_t wide = up(D, W), wide_v = up(Dv, W);
     for (float** part : {&tile.qt, &tile.qr}) *part = carver.take(wide * kQueries);
     for (float** part : {&tile.dot, &tile.dor}) *part = carver.take(wide_v * kQueries);
-    for (float** part : {&tile.lse, &tile.lse_low, &tile.delta, &tile.dlse})
+    for (float** part :
+         {&tile.lse, &tile.lse_low, &tile.delta, &tile.dlse, &tile.floor, &tile.last})
       *part = carver.take(kQueries);
     for (float** part : {&tile.p, &tile.db}) *part = carver.take((block + 1) * kQueries);
     for (T** part : {&tile.pa, &tile.da})
@@ -160,7 +164,7 @@ struct Backward {
     if (count <= 0) return;
     const int64_t wide = up(D, W), wide_v = up(Dv, W);
     Carver carver{static_cast<float*>(scratch(4 * room(count)))};
-    const Strided<const T> ks = rows_of(k, s, hk, s.k0), vs = rows_of(v, s, hk, s.k0);
+    const Strided<const T> ks = options.keys(k, s, hk), vs = options.keys(v, s, hk);
     Block held[kMostBlocks];
     for (int64_t i = 0; i < count; ++i) {
       Block& x = held[i];
@@ -209,9 +213,8 @@ struct Backward {
     }
 
     for (int64_t i = 0; i < count; ++i) {
-      if (needs_dk)
-        store_rows(rows_of(dk, s, hk, s.k0), held[i].j0, held[i].j1, held[i].dk, D, scale);
-      if (needs_dv) store_rows(rows_of(dv, s, hk, s.k0), held[i].j0, held[i].j1, held[i].dv, Dv, 1);
+      if (needs_dk) store_rows(dk, dk_parts, s, hk, held[i].j0, held[i].j1, held[i].dk, D, scale);
+      if (needs_dv) store_rows(dv, dv_parts, s, hk, held[i].j0, held[i].j1, held[i].dv, Dv, 1);
     }
   }
 
@@ -254,21 +257,22 @@ struct Backward {
                int64_t j0) const {
     const int64_t all = sum.shape[1] == 1 ? options.Hq : 1,
                   before = sum.shape[1] == 1 ? options.rank(h) : 0;
-    if (sum.shape[0] > 1 || sequences().count() == 1) return before;
-    int64_t sequences_before = s.b;
-    if (sequences().is_packed()) {
-      sequences_before = 0;
-      for (int64_t b = 0; b < s.b; ++b) {
-        const Sequence other = sequences().packed(b);
-        sequences_before += other.Nq > i0 && other.Nk > j0;
+    if (sum.shape[0] == sequences().count()) return before;
+    int64_t others = 0;  // sequences of a batch that share it and hold this tile
+    if (sum.shape[0] == 1 && sequences().is_even) {
+      others = s.in_row;
+    } else if (sum.shape[0] == 1) {
+      for (int64_t x = 0; x < s.in_row; ++x) {
+        const Sequence other = sequences().packed(0, x);
+        others += other.Nq > i0 && other.Nk > j0;
       }
     }
-    return sequences_before * all + before;
+    return (others * sequences().B + s.row) * all + before;
   }
 
   void fetch(Tile& x, const Sequence& s, int64_t h, int64_t t) const {
     const int64_t i0 = t * kQueries, i1 = std::min(i0 + kQueries, s.Nq);
-    const Strided<const T> qs = rows_of(q, s, h, s.q0), dos = rows_of(dout, s, h, s.q0);
+    const Strided<const T> qs = options.queries(q, s, h), dos = options.outputs(dout, s, h);
     for (int64_t i = 0; i0 + i < i1; i += kTile) {
       pack_lanes<Mul>(x.qt + i * up(D, W), qs, i0 + i, std::min(i0 + i + kTile, i1), D);
       pack_lanes<Mul>(x.dot + i * up(Dv, W), dos, i0 + i, std::min(i0 + i + kTile, i1), Dv);
@@ -280,11 +284,15 @@ struct Backward {
       const bool inside = i0 + i < i1;
       const int64_t at = s.q0 + i0 + i;
       const double l =
-          inside ? (lse(s.row, h, at) + static_cast<double>(rest(s.row, h, at))) * Mul::kUnit
+          inside ? (lse(s.row, h, at) + static_cast<double>(rest(s.row, h, 0, at))) * Mul::kUnit
                  : -kInf;
       x.lse[i] = l == -kInf ? kInf : static_cast<float>(l);
       x.lse_low[i] = l == -kInf ? 0.0f : static_cast<float>(l - x.lse[i]);
       x.delta[i] = inside ? delta(s, h)[i0 + i] : 0.0f;
+      if (options.topk) {
+        x.floor[i] = inside ? rest(s.row, h, 1, at) : 0.0f;
+        x.last[i] = inside ? rest(s.row, h, 2, at) : 0.0f;
+      }
       x.dlse[i] = dlse && inside ? (*dlse)(s.row, h, s.q0 + i0 + i) : 0.0f;
     }
   }
@@ -307,6 +315,8 @@ struct Backward {
             static_cast<int>(i0 + lane),
             static_cast<int>(x.j0 + run.j0),
             run.partial,
+            options.topk ? tile.floor + lane : nullptr,
+            options.topk ? tile.last + lane : nullptr,
             tile.x};
   }
   LogitGradients<Mul, T, Plain> logit_gradients(const Block& x, const Tile& tile, const Run& run,
@@ -381,9 +391,13 @@ struct Backward {
     if (x.index == order.end - 1) {
       alignas(64) float factor[kTile];
       std::fill_n(factor, kTile, scale);
-      for (int64_t i = 0; i0 + i < i1; i += kTile)
-        unpack_lanes(rows_of(dq, s, h, s.q0), i0 + i, std::min(i0 + i + kTile, i1), sum + i * D, D,
-                     factor);
+      for (int64_t i = 0; i0 + i < i1; i += kTile) {
+        const int64_t end = std::min(i0 + i + kTile, i1);
+        if (dq_parts)
+          unpack_lanes(rows_of(*dq_parts, s, h, s.q0), i0 + i, end, sum + i * D, D, factor);
+        else
+          unpack_lanes(options.queries(dq, s, h), i0 + i, end, sum + i * D, D, factor);
+      }
     }
     turn.store(static_cast<int32_t>(x.index - order.begin + 1), std::memory_order_release);
   }
@@ -417,8 +431,8 @@ struct Backward {
       for (int64_t index = order.begin; index < order.end; ++index) {
         Block x{};
         x.j0 = index * block, x.j1 = std::min(x.j0 + block, s.Nk);
-        x.k = along_columns<Mul>(kc, rows_of(k, s, hk, s.k0), x.j0, x.j1, D);
-        x.v = along_columns<Mul>(vc, rows_of(v, s, hk, s.k0), x.j0, x.j1, Dv);
+        x.k = along_columns<Mul>(kc, options.keys(k, s, hk), x.j0, x.j1, D);
+        x.v = along_columns<Mul>(vc, options.keys(v, s, hk), x.j0, x.j1, Dv);
         const Runs runs = runs_of(mask, i0, i1, x.j0, x.j1);
         if (!runs.count) continue;
         read(x, tile, mask, runs, i0, i1);
@@ -447,7 +461,16 @@ struct Backward {
     return {reinterpret_cast<const char*>(narrow), kQueries * 2, 4};
   }
 
-  static void store_rows(Strided<T> to, int64_t j0, int64_t j1, const float* from, int64_t D,
+  void store_rows(const View<T, 4>& all, const std::optional<View<float, 4>>& parts,
+                  const Sequence& s, int64_t hk, int64_t j0, int64_t j1, const float* from,
+                  int64_t D, float scale) const {
+    if (parts)
+      store_rows(rows_of(*parts, s, hk, s.k0), j0, j1, from, D, scale);
+    else
+      store_rows(options.keys(all, s, hk), j0, j1, from, D, scale);
+  }
+  template <class U>
+  static void store_rows(Strided<U> to, int64_t j0, int64_t j1, const float* from, int64_t D,
                          float scale) {
     for (int64_t j = j0; j < j1; ++j, from += up(D, W))
       for (int64_t d = 0; d < D; d += W) {
@@ -478,11 +501,19 @@ struct Prepare {
     if (f.needs_dq &&
         !f.blocks_of(mask_of<typename Backward<T, Plain>::Mask>(f.options, s, h), i0, i1).empty())
       return;
-    for (int64_t i = i0; i < i1; ++i) std::memset(f.dq.at(s.row, h, s.q0 + i), 0, f.D * sizeof(T));
+    if (f.dq_parts)
+      clear(rows_of(*f.dq_parts, s, h, s.q0), i0, i1);
+    else
+      clear(f.options.queries(f.dq, s, h), i0, i1);
+  }
+
+  template <class U>
+  void clear(Strided<U> rows, int64_t i0, int64_t i1) const {
+    for (int64_t i = i0; i < i1; ++i) std::fill_n(rows[i], f.D, U(0.0f));
   }
 
   void sum(const Sequence& s, int64_t h, int64_t i0, int64_t i1) const {
-    const Strided<const T> os = rows_of(f.o, s, h, s.q0), dos = rows_of(f.dout, s, h, s.q0);
+    const Strided<const T> os = f.options.outputs(f.o, s, h), dos = f.options.outputs(f.dout, s, h);
     if constexpr (std::is_same_v<T, float>) {
       float* const a = static_cast<float*>(scratch(4 * 2 * up(f.Dv, W) * kTile));
       float* const c = a + up(f.Dv, W) * kTile;
@@ -516,10 +547,10 @@ struct SinkGradients {
     const Sequences& all = f.sequences();
     const double sink = f.options.sinks[h];
     for (int64_t b = 0; b < all.count(); ++b) {
-      const Sequence s = all.is_packed() ? all.packed(b) : all.dense(b, 0);
+      const Sequence s = all.whole(b);
       for (int64_t i = 0; i < s.Nq; ++i) {
         const double log = f.lse(s.row, h, s.q0 + i) +
-                           static_cast<double>(f.rest(s.row, h, s.q0 + i)),
+                           static_cast<double>(f.rest(s.row, h, 0, s.q0 + i)),
                      dlse = f.dlse ? (*f.dlse)(s.row, h, s.q0 + i) : 0.0f;
         if (log != -kInf) total += std::exp(sink - log) * (dlse - f.delta(s, h)[i]);
       }
@@ -528,8 +559,30 @@ struct SinkGradients {
   }
 };
 
+// The gradients of tokens that several slots hold: of each the sum, in the order of slots.
+template <class T>
+struct Gather {
+  View<T, 4> to;
+  View<float, 4> parts;
+  const TokenSlots& slots;
+  void operator()(int64_t task) const {
+    const int64_t H = to.shape[1], N = to.shape[2], D = to.shape[3], b = task / H, h = task % H;
+    float* const sum = static_cast<float*>(scratch(4 * (N * D + 1)));
+    std::fill_n(sum, N * D, 0.0f);
+    const int32_t* const token = slots.at({0, b, 0, 0, 0, 0, 0, 0}, h, 0);
+    for (int64_t t = 0; t < parts.shape[2]; ++t) {
+      if (token[t] < 0) continue;
+      const float* const from = parts.at(b, h, t);
+      float* const at = sum + token[t] * D;
+      for (int64_t d = 0; d < D; ++d) at[d] += from[d];
+    }
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t d = 0; d < D; ++d) to.at(b, h, n)[d] = static_cast<T>(sum[n * D + d]);
+  }
+};
+
 struct BackwardOf {
-  Tensor dq, dk, dv, dterms[3], dsinks, work, works[3], dout;
+  Tensor dq, dk, dv, dterms[3], dsinks, work, works[3], parts_q, parts_k, parts_v, dout;
   Maybe dlse;
   Tensor q, k, v, o, lse, rest;
   const Options& options;
@@ -539,12 +592,13 @@ struct BackwardOf {
   void operator()(Type<T>, Value<Plain>) const {
     const Sequences& sequences = options.sequences;
     const int64_t B = q.shape[0], Hq = q.shape[1], Hk = k.shape[1], Nq = q.shape[2],
-                  Nk = k.shape[2], D = q.shape[3], Dv = v.shape[3], num = sequences.count();
-    const int64_t block =
-        !Plain || Nk < 1024 ? kKeys : kMaxKeys;  // longer amortises, shorter feeds more threads
+                  Nk = k.shape[2], D = q.shape[3], Dv = v.shape[3], num = sequences.count(),
+                  slots_q = sequences.Nq, slots_k = sequences.Nk, outputs = options.num_outputs();
+    // Longer ones amortise, shorter ones feed more threads.
+    const int64_t block = !Plain || slots_k < 1024 ? kKeys : kMaxKeys;
     const int64_t heads = B * Hk;
     const int64_t per_task = std::clamp<int64_t>(
-        heads * sequences.parts(Nk, block) / (4 * num_threads()), 1, kMostBlocks);
+        heads * sequences.parts(slots_k, block) / (4 * num_threads()), 1, kMostBlocks);
     const bool is_packed = sequences.is_packed();
     Backward<T, Plain> f{View<T, 4>("dq", dq, {B, Hq, Nq, D}),
                          View<T, 4>("dk", dk, {B, Hk, Nk, D}),
@@ -553,10 +607,10 @@ struct BackwardOf {
                          View<const T, 4>("q", q, {B, Hq, Nq, D}),
                          View<const T, 4>("k", k, {B, Hk, Nk, D}),
                          View<const T, 4>("v", v, {B, Hk, Nk, Dv}),
-                         View<const T, 4>("o", o, {B, Hq, Nq, Dv}),
-                         View<const T, 4>("do", dout, {B, Hq, Nq, Dv}),
-                         View<const float, 3>("lse", lse, {B, Hq, Nq}),
-                         View<const float, 3>("rest", rest, {B, Hq, Nq}),
+                         View<const T, 4>("o", o, {B, Hq, outputs, Dv}),
+                         View<const T, 4>("do", dout, {B, Hq, outputs, Dv}),
+                         View<const float, 3>("lse", lse, {B, Hq, slots_q}),
+                         View<const float, 4>("rest", rest, {B, Hq, options.topk ? 3 : 1, slots_q}),
                          options,
                          score_of<Plain, typename MulOf<T>::type>(options),
                          static_cast<float>(options.scale),
@@ -574,28 +628,40 @@ struct BackwardOf {
                          Dv,
                          block,
                          per_task,
-                         sequences.parts(Nk, block * per_task),
+                         sequences.parts(slots_k, block * per_task),
                          heads,
                          is_packed ? heads : 2 * num_threads(),
+                         {},
+                         {},
+                         {},
                          {}};
-    if (dlse) f.dlse = View<const float, 3>("dlse", *dlse, {B, Hq, Nq});
+    if (dlse) f.dlse = View<const float, 3>("dlse", *dlse, {B, Hq, slots_q});
+    if (options.slots_q.repeats)
+      f.dq_parts = View<float, 4>("parts_q", parts_q, {B, Hq, slots_q, D});
+    if (options.slots_k.repeats) {
+      f.dk_parts = View<float, 4>("parts_k", parts_k, {B, Hk, slots_k, D});
+      f.dv_parts = View<float, 4>("parts_v", parts_v, {B, Hk, slots_k, Dv});
+    }
     for (int g = 0; g < 3; ++g) f.gradient(g).begin();
-    if (!needs[1]) clear(f.dk);
-    if (!needs[2]) clear(f.dv);
-    Prepare<T, Plain> prepare{f, sequences.parts(Nq, kQueries)};
+    if (!options.slots_q.covers) clear(f.dq);
+    if (!needs[1] || !options.slots_k.covers) clear(f.dk);
+    if (!needs[2] || !options.slots_k.covers) clear(f.dv);
+    Prepare<T, Plain> prepare{f, sequences.parts(slots_q, kQueries)};
     parallel_for(B * Hq * prepare.tiles, prepare);
     parallel_for(heads * f.tasks_per_head, f);
+    const auto gather = [](const View<T, 4>& to, const auto& parts, const TokenSlots& slots) {
+      if (!parts) return;
+      const Gather<T> all{to, *parts, slots};
+      parallel_for(to.shape[0] * to.shape[1], all);
+    };
+    gather(f.dq, f.dq_parts, options.slots_q);
+    if (needs[1]) gather(f.dk, f.dk_parts, options.slots_k);
+    if (needs[2]) gather(f.dv, f.dv_parts, options.slots_k);
     for (int g = 0; g < 3; ++g) f.gradient(g).end();
     if (f.needs_dsinks) {
       const SinkGradients<T, Plain> sinks{f, View<float, 1>("dsinks", dsinks, {Hq}).data};
       parallel_for(Hq, sinks);
     }
-  }
-  template <class T>
-  static void clear(const View<T, 4>& t) {
-    for (int64_t b = 0; b < t.shape[0]; ++b)
-      for (int64_t h = 0; h < t.shape[1]; ++h)
-        for (int64_t i = 0; i < t.shape[2]; ++i) std::fill_n(t.at(b, h, i), t.shape[3], T(0.0f));
   }
 };
 
@@ -603,9 +669,9 @@ struct BackwardOf {
 
 void attention_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dbias2, Tensor dweight,
                    Tensor dsinks, Tensor work, Tensor bias_work, Tensor bias2_work,
-                   Tensor weight_work, Tensor dout, Maybe dlse, Tensor q, Tensor k, Tensor v,
-                   AttentionExtras extras, Tensor o, Tensor lse, Tensor rest, Ints mask,
-                   Floats numbers, Bools needs) {
+                   Tensor weight_work, Tensor parts_q, Tensor parts_k, Tensor parts_v, Tensor dout,
+                   Maybe dlse, Tensor q, Tensor k, Tensor v, AttentionExtras extras, Tensor o,
+                   Tensor lse, Tensor rest, Ints mask, Floats numbers, Bools needs) {
   const Options options(q, k, v, extras, mask, numbers);
   FASTATTN_CHECK(needs.size() == 7, "needs has ", needs.size(), " answers; it takes 7");
   const BackwardOf run{dq,
@@ -615,6 +681,9 @@ void attention_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dbias2,
                        dsinks,
                        work,
                        {bias_work, bias2_work, weight_work},
+                       parts_q,
+                       parts_k,
+                       parts_v,
                        dout,
                        dlse,
                        q,

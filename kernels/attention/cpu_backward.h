@@ -38,7 +38,8 @@ struct Probabilities {
   int64_t plane;  // where the run begins in them
   int i0, j0;
   bool partial;
-  float* x;  // the logits that wait, less lse
+  const float *floor, *last_key;  // of what each query keeps (cpu.cc), or null
+  float* x;                       // the logits that wait, less lse
 
   int last = 0;         // jobs that wait
   int64_t waiting = 0;  // their first key
@@ -81,7 +82,7 @@ struct Probabilities {
       vf slope{};
       const vf s = settled(score.logit(dot, load(planes.extras.added + at), slope));
       if (planes.slope) store(planes.slope + at, slope);
-      return s;
+      return floor ? kept(s, floor + v * W, last_key + v * W, j0 + r) : s;
     }
   }
 

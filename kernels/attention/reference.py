@@ -5,7 +5,7 @@ import torch
 
 def forward(
     q, k, v, visible, scale, *,
-    bias=None, softcap=None, sinks=None, clip=None, weight=None, keep=None, heads=None,
+    bias=None, softcap=None, topk=0, sinks=None, clip=None, weight=None, keep=None, heads=None,
 ):  # fmt: skip
     """o_i = sum_j p_ij v_j with p_i. = softmax_j(s_ij) over the keys visible to i, s_ij = scale q_i . k_j.
 
@@ -13,7 +13,7 @@ def forward(
     -> o [B, Hq, Nq, Dv], lse [B, Hq, Nq] (natural log of the softmax denominator, at least float32).
 
     Query head h reads key head heads[h], h // (Hq / Hk) when None.  softcap bends logits before the biases (list)
-    are added; sinks [Hq] are logits in the denominator alone; clip stretches p and cuts it to [0, 1]; weight and
+    are added; topk says how many of the greatest logits a query keeps (0: all), the first of equal ones; sinks [Hq] are logits in the denominator alone; clip stretches p and cuts it to [0, 1]; weight and
     keep (of dropout, 0 or 1 / (1 - p)) multiply it.  A row that sees no key gives o = 0 and lse = -inf.
     """
     B, Hq, Nq, _ = q.shape
@@ -26,6 +26,11 @@ def forward(
     for b in bias or ():
         s = s + b
     s = s.masked_fill(~visible, float("-inf"))
+    if topk:
+        kept = s.argsort(dim=-1, descending=True, stable=True)[..., :topk]
+        s = s.masked_fill(
+            torch.ones_like(s, dtype=torch.bool).scatter(-1, kept, False), float("-inf")
+        )
     sink = (
         s.new_empty(B, Hq, Nq, 0)
         if sinks is None

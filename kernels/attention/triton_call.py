@@ -67,9 +67,9 @@ class Call(NamedTuple):
 
 def call(
     q, k, v, bias, bias_index, bias2, bias2_index, weight, weight_index, sinks, visible, blocks, heads,
-    cu_q, cu_k, seed, code, numbers,
+    cu_q, cu_k, seed, slots_q, slots_k, code, numbers,
 ):  # fmt: skip
-    scale, softcap, low, high, dropout = numbers
+    scale, softcap, low, high, dropout = numbers[:5]
     score = scores.encode(
         scale, softcap, terms.encode(bias, bias_index), terms.encode(bias2, bias2_index)
     )

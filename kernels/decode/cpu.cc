@@ -383,8 +383,8 @@ struct DecodeOf {
                    kWidest);
     FASTATTN_CHECK(Hq == Hk || (Hk > 0 && Hq % Hk == 0), "Hq is ", Hq, " and Hk is ", Hk,
                    "; Hq must be a multiple of Hk");
-    FASTATTN_CHECK(is_band(mask), "mask has kind ", mask.empty() ? -1 : mask[0], " and ", mask.size(),
-                   " numbers; it takes a band, 0 and 5 numbers");
+    FASTATTN_CHECK(is_band(mask), "mask has kind ", mask.empty() ? -1 : mask[0], " and ",
+                   mask.size(), " numbers; it takes a band, 0 and 5 numbers");
     FASTATTN_CHECK(num_splits >= 0, "num_splits is ", num_splits, "; it takes 0 or more");
     const int64_t outer = table ? room.pages : B;
     Decode<T> f{View<T, 4>("o", o, {B, Hq, Nq, Dv}),
