@@ -17,7 +17,7 @@ from fastattn.op import OPS, Op, _replaced
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Which backend would run ``function(*args, **kwargs)``, and why the others would not.
 
-    Nothing is computed.  The first row marked ``ok`` is the one that runs.
+    Nothing is computed.  The first row marked ``ok`` is the one that runs; the last line says what derivatives there are.
 
     >>> import torch, fastattn as fa
     >>> q = torch.zeros(1, 2, 8, 300)
@@ -26,18 +26,23 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """
     op = getattr(function, "op", None)
     if not isinstance(op, Op):
-        known = ", ".join(f"fastattn.{name}" for name in sorted(OPS))
+        known = ", ".join(f"fastattn.{name}" for name in sorted(OPS)) + " and what is made of them"
         raise ValueError(f"explain: fn is {show(function)}; it takes one of {known}")
     seen: list[tuple[Sequence[Any], str]] = []
 
     def record(*call: Any, backend: str = "") -> Any:
         seen.append((call, backend))
-        return op.fake(*call)
+        raise _Enough
 
-    with torch.no_grad(), _replaced(op, record):
+    with torch.no_grad(), _replaced(op, record), contextlib.suppress(_Enough):
         function(*args, **kwargs)
     call, backend = seen[0]
-    return op.render(call, only=[row.name for row in op.named(backend)] if backend else None)
+    rows = op.render(call, only=[row.name for row in op.named(backend)] if backend else None)
+    return f"{rows}\nderivatives: {op.derivatives}"
+
+
+class _Enough(Exception):
+    """What ``explain`` wanted to see was seen."""
 
 
 class _Process:

@@ -30,6 +30,19 @@ from torch.autograd import forward_ad
 
 from fastattn.backends import Backend, load, show
 from fastattn.checks import given, unit_stride
+from fastattn.transforms import (
+    EAGER,
+    PLAIN,
+    TRANSFORMED,
+    Once,
+    has_tangent,
+    is_batched,
+    is_differentiating,
+    is_plain,
+    is_simple,
+    keep_all,
+    register_vmap,
+)
 
 __all__ = ["OPS", "Case", "Cost", "Op", "Unsupported"]
 
@@ -110,6 +123,10 @@ class Op:
         default_factory=dict
     )  # {"residual": "x"}: d residual is dx
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    folds: Callable[[dict[str, Any]], bool] | None = (
+        None  # whether vmap's axis may join the first axis of ``batched``, of either schema's arguments
+    )
+    batched: tuple[str, ...] = ()
     budget: float = 2.0  # times the error of the same-dtype reference
     function: Callable[..., Any] = field(init=False)
 
@@ -163,9 +180,22 @@ class Op:
     def directions(self) -> tuple[str, ...]:
         return ("forward", "backward") if self.backward else ("forward",)
 
+    @property
+    def derivatives(self) -> str:
+        if not self.backward:
+            return "none, it is for inference"
+        return "by the kernels; second ones " + (
+            "are refused" if self.recall else "through the formula"
+        )
+
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: ``function`` is the op's public face."""
         self.function = function
+        function.op = self  # type: ignore[attr-defined]
+        return function
+
+    def also(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: another function that is made of the op."""
         function.op = self  # type: ignore[attr-defined]
         return function
 
@@ -173,10 +203,11 @@ class Op:
 
     def _register(self) -> None:
         self.op = _define(f"{self.name}_fwd", self.forward, self._forward, self.fake)
+        register_vmap(self, f"{self.name}_fwd", self.call, self.arguments, _LIB)
         if self.fake_backward:
-            self.op_backward = _define(
-                f"{self.name}_bwd", self.backward, self._backward, self.fake_backward
-            )
+            name = f"{self.name}_bwd"
+            self.op_backward = _define(name, self.backward, self._backward, self.fake_backward)
+            register_vmap(self, name, self.call_backward, self.backward_arguments, _LIB)
         torch.library.register_autograd(
             f"fastattn::{self.name}_fwd", self._autograd, setup_context=self._save, lib=_LIB
         )
@@ -208,29 +239,56 @@ class Op:
             else:
                 shape, dtype, device = ctx.like[i]
                 args.append(None if source == 2 else torch.zeros(shape, dtype=dtype, device=device))
-        batched = any(g is not None and _is_batched(g) for g in grads)
-        if batched and torch.is_grad_enabled():  # torch would lose what _Once attaches
+        batched = any(g is not None and is_batched(g) for g in grads)
+        if batched and torch.is_grad_enabled():  # torch would lose what Once attaches
             raise RuntimeError(
                 f"{self.name}: batched gradients (is_grads_batched) take create_graph=False"
             )
         # torch.ops resolves lazy negation and takes batches apart; kernels see neither.
         eager = (
             not torch.compiler.is_compiling()
-            and _is_plain()
+            and is_plain()
             and not any(isinstance(a, torch.Tensor) and a.is_neg() for a in args)
             and not batched
         )
-        if torch.is_grad_enabled() and not self.recall:  # create_graph=True
-            found = self._reference_backward(dict(zip(self.backward_arguments, args)), again=True)
+        again = torch.is_grad_enabled()  # create_graph=True
+        if eager and (self.recall or not again):
+            found = self._backward(*args, backend=ctx.backend)
         else:
-            run = self._backward if eager else self.op_backward
-            found = _tuple(run(*args, backend=ctx.backend))
-            if torch.is_grad_enabled():
-                once: Any = _Once.apply
-                found = once(self.name, len(found), *found, *saved, *grads)
+            found = self.call_backward(*args, backend=ctx.backend)
+        if again and self.recall:
+            once: Any = Once.apply
+            found = once(self.name, len(found), *found, *saved, *grads)
         return tuple(
             found[i] if want and i is not None else None for i, want in zip(self._returned, needed)
         )
+
+    def _second(self, ctx: Any, *grads: Any) -> Any:
+        """The gradient of the backward op, through the formula."""
+        args, again = list(ctx.others), torch.is_grad_enabled()
+        for i, t in zip(ctx.tensors, ctx.saved_tensors):
+            args[i] = t
+        needed = [i for i in ctx.tensors if ctx.needs_input_grad[-len(args) :][i]]
+        with torch.enable_grad():
+            for i in needed:  # apart from one another: v may have been made of q
+                args[i] = args[i].view_as(args[i]) if again else args[i].detach().requires_grad_()
+            found = self._reference_backward(dict(zip(self.backward_arguments, args)), again=True)
+            pairs = [
+                (f, g)
+                for f, g in zip(found, grads)
+                if g is not None and g.numel() and f.requires_grad
+            ]
+            result = dict.fromkeys(range(len(args)))
+            if pairs and needed:
+                seconds = torch.autograd.grad(
+                    [f for f, _ in pairs],
+                    [args[i] for i in needed],
+                    [g for _, g in pairs],
+                    allow_unused=True,
+                    create_graph=again,
+                )
+                result |= dict(zip(needed, seconds))
+        return tuple(result.values())
 
     def call(self, *args: Any, backend: str = "") -> Any:
         """The op on ``args``: what public functions call.
@@ -239,20 +297,22 @@ class Op:
         its overhead.  Everything else (compilation, tracing, modes, transforms, tensor subclasses) goes
         through ``torch.ops``.
         """
-        if not torch.compiler.is_compiling() and _is_plain() and not args[self._tensors[0]].is_meta:
+        if not torch.compiler.is_compiling() and is_plain() and not args[self._tensors[0]].is_meta:
             needs_grad, watched = torch.is_grad_enabled(), False
             for i in self._tensors:
                 t = args[i]
                 if t is not None:
-                    if type(t) not in _PLAIN or t.is_neg():  # torch.ops resolves lazy negation
+                    if type(t) not in PLAIN or t.is_neg():  # torch.ops resolves lazy negation
                         break
                     watched = watched or (needs_grad and t.requires_grad)
             else:
                 if not watched:
                     return self._forward(*args, backend=backend)
                 if forward_ad._current_level < 0:
-                    return _EAGER(self, backend, *args)
-        if forward_ad._current_level >= 0 and any(_has_tangent(args[i]) for i in self._tensors):
+                    return EAGER(self, backend, *args)
+        if is_differentiating():
+            return TRANSFORMED(self.call, self._save, self._autograd, backend, *args)
+        if forward_ad._current_level >= 0 and any(has_tangent(args[i]) for i in self._tensors):
             # torch would drop the tangents and say nothing
             raise RuntimeError(
                 f"{self.name}: forward-mode derivatives (jvp) are not implemented; use backward"
@@ -261,11 +321,15 @@ class Op:
 
     def call_backward(self, *args: Any, backend: str = "") -> Any:
         """The backward op on ``args``, its schema's: for functions that are made of it."""
-        eager = not torch.compiler.is_compiling() and _is_plain()
-        plain = all(
-            type(a) in _PLAIN and not a.is_neg() for a in args if isinstance(a, torch.Tensor)
+        eager = not torch.compiler.is_compiling() and is_plain()
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        again = eager and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if (again or is_differentiating()) and not self.recall:
+            return TRANSFORMED(self.call_backward, keep_all, self._second, backend, *args)
+        plain = eager and all(
+            type(t) in PLAIN and not (t.is_neg() or t.is_meta or is_batched(t)) for t in tensors
         )
-        run = self._backward if eager and plain else self.op_backward
+        run = self._backward if plain else self.op_backward
         return _tuple(run(*args, backend=backend))
 
     # -- running ------------------------------------------------------------------------------------
@@ -426,8 +490,8 @@ def in_place(name: str, schema: str, run: Callable[..., None]) -> Callable[..., 
     op = _define(name, schema, change, lambda *args: None)
 
     def call(*args: Any, backend: str = "") -> None:
-        plain = not torch.compiler.is_compiling() and _is_plain() and not args[0].is_meta
-        if plain and all(_is_simple(args[i]) for i in tensors):
+        plain = not torch.compiler.is_compiling() and is_plain() and not args[0].is_meta
+        if plain and all(is_simple(args[i]) for i in tensors):
             change(*args, backend=backend)
         else:
             op(*args, backend=backend)
@@ -470,69 +534,6 @@ def autocast_dtype(t: Any) -> torch.dtype | None:
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
-
-
-class _Eager(torch.autograd.Function):
-    """The op and its gradient without the dispatcher: Op.call uses it where nothing could tell the difference."""
-
-    @staticmethod
-    def forward(ctx: Any, op: Op, backend: str, *args: Any) -> Any:
-        outs = op._forward(*args, backend=backend)
-        op._save(ctx, args, {"backend": backend}, outs)
-        ctx.op = op
-        return outs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return None, None, *ctx.op._autograd(ctx, *grads)
-
-
-_EAGER: Any = _Eager.apply
-
-
-class _Once(torch.autograd.Function):
-    """Gradients that depend on what they were computed from, and refuse to say how."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, name: str, count: int, *tensors: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, ...]:
-        ctx.name = name
-        return tuple(t if t is None else t.view_as(t) for t in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            f"{ctx.name}: second derivatives are not implemented; its backward pass is a kernel"
-        )
-
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def _is_simple(t: torch.Tensor | None) -> bool:
-    """What kernels read as it lies; torch.ops resolves lazy negation."""
-    return t is None or (type(t) in _PLAIN and not t.is_neg())
-
-
-def _is_plain() -> bool:
-    """Nothing watches or rewrites torch calls here: no mode, no functorch transform, no tracing."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
-    )
-
-
-# The vmap of torch.func is a transform, which _is_plain sees; that of torch.autograd (is_grads_batched,
-# jacobian(vectorize=True)) shows in the tensors alone.
-_is_batched: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
-
-
-def _has_tangent(t: torch.Tensor | None) -> bool:
-    unpack: Any = forward_ad.unpack_dual
-    return t is not None and unpack(t).tangent is not None
 
 
 def _kinds(side: str) -> list[str]:

@@ -308,13 +308,15 @@ def test_explain_says_what_the_exception_says(two_rows):
     assert fa.explain(fa.attention, q, q, q) == (
         "attention(q: float32[1, 1, 8, 48], k: float32[1, 1, 8, 48], v: float32[1, 1, 8, 48])\n"
         "  fast      no: D is 48 (takes 16, 32)\n"
-        "  wide-256  no: device is cpu (takes cuda)"
+        "  wide-256  no: device is cpu (takes cuda)\n"
+        "derivatives: by the kernels; second ones through the formula"
     )
 
 
 def test_explain_of_a_machine(monkeypatch, best_cpu):
     text = fa.explain(fa.attention, *[t(1, 1, 8, 300)] * 3)
-    lines = text.splitlines()
+    *lines, derivatives = text.splitlines()
+    assert derivatives == "derivatives: by the kernels; second ones through the formula"
     assert (
         lines[0]
         == "attention(q: float32[1, 1, 8, 300], k: float32[1, 1, 8, 300], v: float32[1, 1, 8, 300])"
@@ -333,8 +335,25 @@ def test_explain_of_a_machine(monkeypatch, best_cpu):
     assert ok == best_cpu
 
 
+def test_explain_of_what_is_made_of_an_op(best_cpu):
+    """Without computing anything: the inputs are not even finite."""
+    q = torch.full((1, 1, 8, 16), torch.nan)
+    calls = [
+        (fa.attention_varlen, (q[0], q[0], q[0], torch.tensor([0, 1]))),
+        (fa.grouped_attention, (q, q, q, fa.Groups(torch.tensor([[0, 1]])))),
+        (fa.topk_attention, (q, q, q, 2)),
+        (fa.attention_importance, (q, q)),
+        (fa.column_attention, (q, q, q)),
+    ]
+    for function, args in calls:
+        assert any(
+            line.split() == [best_cpu, "ok"] for line in fa.explain(function, *args).splitlines()
+        )
+    assert "second ones are refused" in fa.explain(fa.add_norm, q)
+
+
 def test_explain_refuses_what_is_no_op():
-    known = ", ".join(f"fastattn.{name}" for name in sorted(OPS))
+    known = ", ".join(f"fastattn.{name}" for name in sorted(OPS)) + " and what is made of them"
     with pytest.raises(
         ValueError, match=f"^{re.escape(f'explain: fn is add; it takes one of {known}')}$"
     ):

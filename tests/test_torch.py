@@ -10,6 +10,8 @@ import functools
 import inspect
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -19,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastattn as fa
 from fastattn import choice, testing
 from fastattn.masks import Causal, Window
-from fastattn.op import _replaced
+from fastattn.op import OPS, _replaced
 
 
 def example(op, dtype=torch.float32, device="cpu"):
@@ -264,6 +266,7 @@ def test_a_graph_can_be_used_twice(op, name):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.gradients
 def test_batches_of_gradients(op, backend):
     """``is_grads_batched``: each sample has the bits that it has alone, however the batch lies in memory."""
     call = example(op, device=backend.device)
@@ -280,6 +283,7 @@ def test_batches_of_gradients(op, backend):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.gradients
 def test_vectorized_jacobian(op, name):
     call = example(op)
     first = next(iter(leaves(call)))
@@ -483,6 +487,46 @@ def test_vmap_of_add_norm(name):
         assert torch.equal(found[n], fa.add_norm(x[n], weight=w[n], kind="rms", backend=name))
 
 
+def test_vmap_folds_into_the_batch(name, monkeypatch):
+    """One kernel call, forward and backward, where nothing counts batches; a loop where something does."""
+    calls, op = [], OPS["attention"]
+    choose = op.choose
+    monkeypatch.setattr(op, "choose", lambda *args: calls.append(args) or choose(*args))
+    q = torch.randn(3, 1, 2, 5, 8)
+
+    def loss(q, **options):
+        return fa.attention(q, q, q, backend=name, **options).square().sum()
+
+    def count(function):
+        calls.clear()
+        torch.func.vmap(function)(q)
+        return len(calls)
+
+    bias = torch.randn(1, 1, 5, 5)
+    assert count(lambda q: fa.attention(q, q, q, bias=bias, backend=name)) == 1
+    assert count(torch.func.grad(loss)) == 2
+    assert count(lambda q: loss(q, dropout=0.5, seed=1)) == 3
+
+
+def test_gradients_of_gradients(name):
+    """torch.func.grad twice, and as autograd does it."""
+    q = torch.randn(1, 2, 5, 8)
+
+    def loss(q):
+        return fa.attention(q, q, 2 * q, causal=True, backend=name).sin().sum()
+
+    def penalty(q):
+        return torch.func.grad(loss)(q).square().sum()
+
+    x = q.clone().requires_grad_()
+    first = torch.autograd.grad(loss(x), x, create_graph=True)[0]
+    torch.testing.assert_close(first, torch.func.grad(loss)(q))
+    second = torch.autograd.grad(first.square().sum(), x)[0]
+    torch.testing.assert_close(torch.func.grad(penalty)(q), second)
+    batch = torch.stack([q, q + 1])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(penalty))(batch)[0], second)
+
+
 # ---- Objects, threads ---------------------------------------------------------------------------------
 
 
@@ -575,3 +619,50 @@ def test_overlapping_blocks_of_using_end_as_they_began():
     first.__enter__(), second.__enter__()
     first.__exit__(None, None, None), second.__exit__(None, None, None)
     assert not choice.PROCESS.choices
+
+
+DDP = """
+import os, sys
+import torch, torch.distributed as dist
+import fastattn as fa
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.sinks = (torch.nn.Parameter(torch.randn(s)) for s in ((4, 21), (4,)))
+        self.proj = torch.nn.Linear(32, 96)
+
+    def forward(self, x):
+        q, k, v = self.proj(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return fa.attention(q, k, v, bias=fa.bias.Toeplitz(self.table), sinks=self.sinks, causal=True)
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+x = torch.randn(4, 11, 32, generator=torch.Generator().manual_seed(1))
+net = Net()
+ours = torch.nn.parallel.DistributedDataParallel(net)
+ours(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+alone = Net()
+alone(x).square().mean().backward()
+for a, b in zip(net.parameters(), alone.parameters()):
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+print("equal")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed part")
+def test_distributed_data_parallel(tmp_path):
+    """Two processes with half the batch each have the gradients of one with all of it."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DDP, str(rank), str(tmp_path / "meet")],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        text, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, text
+        assert text.splitlines()[-1] == "equal"

@@ -110,6 +110,17 @@ def _sums(values, index, B, Hq):
     return B * Hq * (values[0].numel() if values.dim() == 2 else max(values.shape[2:])) + B * Hq
 
 
+def _folds(known):
+    """Nothing that has a batch axis of its own, or counts batches."""
+    of_pairs = [known[n] for n in ("bias", "bias2", "weight", "visible", "slots_q", "slots_k")]
+    return (
+        known["cu_q"] is None
+        and known["seed"] is None
+        and all(t is None or t.dim() == 2 or t.shape[0] == 1 for t in of_pairs)
+        and not any(known.get("needs", ())[3:])  # what is summed over batches
+    )
+
+
 OP = Op(
     "attention",
     forward=f"(Tensor q, Tensor k, Tensor v, {EXTRAS}, SymInt[] mask, float[] numbers) -> (Tensor o, Tensor lse, Tensor rest)",
@@ -150,6 +161,8 @@ OP = Op(
     cost=cost,
     bench=BENCH,
     peers=peers,
+    folds=_folds,
+    batched=("q", "k", "v", "do", "dlse", "o", "lse", "rest"),
 )  # fmt: skip
 
 
@@ -258,6 +271,7 @@ def attention(
 # ---- Packed sequences ------------------------------------------------------------------------------------
 
 
+@OP.also
 def attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -21,10 +21,12 @@ class _Transposed(torch.autograd.Function):
     """y_j = sum_i p_ij u_i: the gradient of o with respect to v, at u.  Its own gradients are those of attention to
     the values dy, so that nothing of size Nq Nk is stored."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any, backend: str, code: Any, numbers: Any, q: Any, k: Any, u: Any, *extras: Any
-    ) -> Any:
+        backend: str, code: Any, numbers: Any, q: Any, k: Any, u: Any, *extras: Any
+    ) -> tuple[torch.Tensor, ...]:
         B, Hk, Nk, _ = k.shape
         _, lse, rest = OP.call(
             q, k, k.new_zeros(B, Hk, Nk, 1), *extras, code, numbers, backend=backend
@@ -35,13 +37,18 @@ class _Transposed(torch.autograd.Function):
         y = OP.call_backward(
             u, None, q, k, v, *extras, u, lse, rest, code, numbers, needs, backend=backend
         )[2]
-        ctx.save_for_backward(q, k, u, lse, rest, *extras)
+        return y, lse, rest
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        backend, code, numbers, q, k, u, *extras = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(q, k, u, *output[1:], *extras)
         ctx.others = backend, code, numbers
-        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+    def backward(ctx: Any, dy: torch.Tensor, *_: Any) -> Any:
         (q, k, u, lse, rest, *extras), (backend, code, numbers) = ctx.saved_tensors, ctx.others
         dy = unit_stride(dy)
         o = OP.call(q, k, dy, *extras, code, numbers, backend=backend)[0]
@@ -73,9 +80,14 @@ def _transposed(
     )  # fmt: skip
     chosen = PROCESS.backend("attention", backend)
     run: Any = _Transposed.apply
-    return run(chosen, code, numbers, unit_stride(q), unit_stride(k), unit_stride(u), *extras)  # type: ignore[no-any-return]
+    if u is q or u is k:
+        u = u.view_as(u)  # torch.compile takes no tensor twice
+    if q is k:
+        k = k.view_as(k)
+    return run(chosen, code, numbers, unit_stride(q), unit_stride(k), unit_stride(u), *extras)[0]  # type: ignore[no-any-return]
 
 
+@OP.also
 def attention_importance(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -126,6 +138,7 @@ def attention_importance(
     )[..., 0]  # fmt: skip
 
 
+@OP.also
 def column_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -18,6 +18,7 @@ GROUPED = Axes("grouped_attention", q="B Hq Nq D", k="B Hk Nk D", v="B Hk Nk Dv"
 COMBINE = ("only", "mean", "sum")
 
 
+@OP.also
 def grouped_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -17,6 +17,7 @@ from fastattn.op import autocast
 AXES = Axes("topk_attention", q="B Hq Nq D", k="B Hk Nk D", v="B Hk Nk Dv")
 
 
+@OP.also
 def topk_attention(
     q: torch.Tensor,
     k: torch.Tensor,
