@@ -196,4 +196,7 @@ def _word(name: str, value: Any) -> str:
             if getattr(value, f.name) != f.default
         ]
         return type(value).__name__ + (f"({', '.join(map(str, changed))})" if changed else "")
+    if name == "lengths":
+        rows = [n for n, _ in value]
+        return f"packed {min(rows)}-{max(rows)}"
     return value if isinstance(value, str) else f"{name}{value}"

@@ -477,6 +477,7 @@ def materialize(
     return result[0] if result.dim() == 3 and len(result) == 1 else result
 
 
+@functools.lru_cache(maxsize=128)
 def pairs(mask: Mask, Nq: int, Nk: int) -> float:
     """How many pairs (i, j) the mask allows, on average over heads: what a kernel must compute, and no more."""
     band = mask.band()

@@ -125,10 +125,16 @@ def _groups(case: Case, device: Any) -> tuple[Groups, Groups | None]:
 def cost(case: Case, size: int) -> Cost:
     """Two products of 2 D flops a pair forward, five backward; every tensor once through memory."""
     D, Dv, Hk = case.D, case.Dv or case.D, case.Hk or case.Hq
-    seen = case.Nq * 49 if case.groups == "swin" else pairs(case.mask or Full(), case.Nq, case.Nk)
-    work = 2 * case.B * case.Hq * seen
-    queries = case.B * case.Hq * case.Nq * (D + Dv) * size
-    keys = case.B * Hk * case.Nk * (D + Dv) * size
+    mask, lengths = case.mask or Full(), case.lengths or [(case.Nq, case.Nk)] * case.B
+    seen = sum(pairs(mask, n, m) for n, m in lengths)
+    if case.groups == "swin":
+        seen = case.B * case.Nq * 49
+    work = 2 * case.Hq * seen
+    queries, keys = (
+        (H * sum(length) * (D + Dv) * size for H, length in zip((case.Hq, Hk), zip(*lengths)))
+        if lengths
+        else (0, 0)
+    )
     return Cost(work * (D + Dv), work * (3 * D + 2 * Dv), queries + keys, 2 * (queries + keys))
 
 
@@ -138,6 +144,8 @@ def peers(q, k, v, mask=None, scale=None, bias=None, **others):
         return _packed_peers(q, k, v, mask, scale, bias, **others)
     if others.get("function") == "grouped_attention":
         return _grouped_peers(q, k, v, mask, scale, bias, **others)
+    if others.get("function") == "topk_attention":
+        return _topk_peers(q, k, v, mask, scale, bias, **others)
     if others or (bias is not None and not isinstance(bias, torch.Tensor)):
         return {}
     sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -208,6 +216,19 @@ def _grouped_peers(q, k, v, mask, scale, bias, function, groups, combine, **othe
         return torch.empty_like(o).index_copy(2, token, o)
 
     return {"torch sdpa": gathered}
+
+
+def _topk_peers(q, k, v, mask, scale, bias, function, topk, **others):
+    """The greatest logits as a mask, which PyTorch has no other word for."""
+    if others or mask is not None or bias is not None or q.shape[1] != k.shape[1]:
+        return {}
+
+    def masked(q, k, v):
+        s = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        hidden = torch.full_like(s, float("-inf"))
+        return (s + hidden.scatter(-1, s.topk(topk).indices, 0.0)).softmax(-1) @ v
+
+    return {"torch": masked}
 
 
 _MASKS = (
@@ -301,4 +322,11 @@ BENCH = [
     *(Case(B=1, Hq=8, Nq=n, Nk=n, D=64) for n in (16, 64, 128)),
     Case(B=1, Hq=8, Nq=2048, Nk=2048, D=64, bias="1HNM"),
     Case(B=2, Hq=4, Nq=3136, Nk=3136, D=32, groups="swin", bias="1HNM"),
+    # time falls with what a mask shows
+    *(Case(B=1, Hq=8, Nq=4096, Nk=4096, D=64, mask=mask)
+      for mask in (Window(127, 0), Window(1023, 0), Dilated(512, 4), BlockSparse.longformer(64, 64, window=2),
+                   BlockSparse.strided(64, 64, stride=8))),
+    Case(B=8, Hq=12, Nq=512, Nk=512, D=64,
+         lengths=tuple((n, n) for n in (512, 384, 256, 256, 128, 96, 64, 32))),
+    Case(B=1, Hq=8, Nq=1024, Nk=1024, D=64, topk=32),
 ]  # fmt: skip
