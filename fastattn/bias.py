@@ -188,8 +188,10 @@ def _join(found: list[Term]) -> list[Term]:
                 and other.index is None
                 and not (term.by_offset or other.by_offset)
             ):
-                shape = torch.broadcast_shapes(term.values.shape, other.values.shape)  # type: ignore[no-untyped-call]
-                if shape not in (term.values.shape, other.values.shape):
+                shapes = term.values.shape, other.values.shape
+                if any(a != b and 1 not in (a, b) for a, b in zip(*shapes)):
+                    continue  # of a batch's groups, and of those of all batches
+                if torch.broadcast_shapes(*shapes) not in shapes:  # type: ignore[no-untyped-call]
                     continue
                 joined[i] = Term(term.values + other.values)
             else:

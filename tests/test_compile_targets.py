@@ -56,7 +56,7 @@ EXTRAS = [
 def attend(
     attention, dtype, D, Hk=128, N=128, dlse=True, mask=BAND, softcap=0.0, low=0.0, dropout=0.0, **given
 ) -> None:  # fmt: skip
-    B = 1 if "cu_q" in given else 2
+    B = 1 if "cu_q" in given and "slots_q" not in given else 2
     q, dq, o, do = (torch.empty(B, 128, N, D, dtype=dtype) for _ in range(4))
     k, dk, v, dv = (torch.empty(B, Hk, N, D, dtype=dtype) for _ in range(4))
     lse, extras = torch.empty(B, 128, N), [given.get(name) for name in EXTRAS]
@@ -75,6 +75,7 @@ def features() -> dict[str, dict]:
     table, index, ends, heads = (torch.empty(128, 255), *(torch.empty(n, dtype=torch.int32) for n in (
         (128, 128), 3, 128)))  # fmt: skip
     seed, layout = torch.empty(1, dtype=torch.int64), torch.empty(16, dtype=torch.bool)
+    slots = [torch.zeros(1, 128, 2, 128, dtype=torch.int32) for _ in "qk"]
     return {
         "bias": {"bias": torch.empty(1, 128, 128, 128, dtype=torch.bfloat16)},
         "tables": {"bias": table, "bias_index": index, "bias2": table},
@@ -83,6 +84,7 @@ def features() -> dict[str, dict]:
         "sinks": {"softcap": 20.0, "sinks": torch.empty(128)},
         "dropout": {"dropout": 0.1, "low": -0.03, "seed": seed},
         "packed": {"cu_q": ends, "cu_k": ends, "heads": heads},
+        "groups": {"cu_q": ends, "cu_k": ends, "slots_q": slots[0], "slots_k": slots[1]},
     }
 
 
@@ -169,7 +171,7 @@ def compile_all(say: Callable[[dict], None]) -> None:
     for target, processor in targets.items():
         driver.set_active(Driver(processor))
         triton_launch.target.cache_clear()
-        for module in (attention, attention.gradients, norm, decode):
+        for module in (attention, attention.gradients, attention.groups, norm, decode):
             for kernel in vars(module).values():
                 if isinstance(kernel, JITFunction):
                     kernel.device_caches.clear()
@@ -320,7 +322,11 @@ def test_matrix_instructions(compiled):
     """
     for where, result in compiled.items():
         target, label, kernel = where
-        if kernel.startswith("norm") or kernel in ("decode_merge", "decode_append"):
+        if kernel.startswith("norm") or kernel in (
+            "decode_merge",
+            "decode_append",
+            "attention_gather",
+        ):
             continue
         found = {w for w in result["code"] if "MMA" in w or "mfma" in w} - {"FFMA"}
         num_rows = result["BN" if kernel == "attention_dkdv" else "BM"]

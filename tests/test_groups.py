@@ -219,3 +219,13 @@ def test_topk_keeps_nan():
 def test_topk_refuses(topk):
     with pytest.raises(ValueError, match="it takes an integer >= 1"):
         fa.topk_attention(*tokens(), topk)
+
+
+def test_biases_of_a_batch_and_of_all():
+    """[G, ..] and [B G, ..] in one call."""
+    q, k, v = tokens()
+    groups = fa.Groups.windows((6, 8), (3, 4))
+    of_batch, of_all = torch.randn(4, 1, 12, 12), torch.randn(8, 4, 12, 12)
+    both = fa.grouped_attention(q, k, v, groups, bias=[of_batch, of_all])
+    joined = fa.grouped_attention(q, k, v, groups, bias=of_batch.repeat(2, 1, 1, 1) + of_all)
+    torch.testing.assert_close(both, joined, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Sequences end to end in the rows of one batch: each is computed as if it were alone."""
+"""Triton on sequences end to end in the rows of one batch, and on groups of slots: each is computed as if it were alone."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+import fastattn as fa
+from fastattn import testing
 from fastattn.backends import triton_device, why_no_triton
+from fastattn.bias import Toeplitz
+from fastattn.groups import Groups
 from fastattn.kernels.attention.api import EXTRAS
-from fastattn.masks import BlockSparse, Causal, Dense, Dilated, Full, Window, lowered
+from fastattn.masks import BlockSparse, Causal, Dense, Dilated, Full, Prefix, Window, lowered
 from fastattn.op import OPS
 from fastattn.testing import Result, check
 
 NAMES = [part.split()[-1] for part in EXTRAS.split(",")]
+NUMBERS = (0.25, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
 LENGTHS = {  # of queries and keys
     "equal": ((70, 5, 64, 1), (70, 5, 64, 1)),
     "unequal": ((3, 130, 65), (80, 70, 2)),
@@ -67,7 +72,7 @@ def run(
     extras |= {"blocks": layouts} if layouts is not None else {}
     extras = {n: cast(t) for n, t in extras.items()}
     leaves |= {n: t for n, t in extras.items() if t.requires_grad}
-    numbers = (D**-0.5, 0.0, 0.0, 1.0, given.get("dropout", 0.0))
+    numbers = (D**-0.5, 0.0, 0.0, 1.0, given.get("dropout", 0.0), 0.0, 0.0)
     outs = op.call(
         *(leaves[n] for n in "qkv"), *(extras.get(n) for n in NAMES), code, numbers, backend=backend
     )
@@ -106,9 +111,7 @@ def test_ends_that_make_no_sense_touch_nothing_outside(ends: list[int], poisoned
     op, cu = OPS["attention"], torch.tensor(ends, dtype=torch.int32, device=triton_device())
     q, k, v = (torch.randn(1, 1, 20, 16, device=cu.device).requires_grad_() for _ in range(3))
     extras = [cu if name in ("cu_q", "cu_k") else None for name in NAMES]
-    o, lse, _ = op.call(
-        q, k, v, *extras, lowered(Causal())[0], (0.25, 0.0, 0.0, 1.0, 0.0), backend="triton"
-    )
+    o, lse, _ = op.call(q, k, v, *extras, lowered(Causal())[0], NUMBERS, backend="triton")
     grads = torch.autograd.grad(o.sum(), (q, k, v))
     inside = torch.zeros(20, dtype=torch.bool)
     for begin, end in itertools.pairwise(ends):
@@ -117,3 +120,113 @@ def test_ends_that_make_no_sense_touch_nothing_outside(ends: list[int], poisoned
     assert lse[0, 0, inside.to(lse.device)].isfinite().all()
     assert (lse[0, 0, ~inside.to(lse.device)] == float("-inf")).all()
     assert all((t[:, :, ~inside.to(t.device)] == 0).all() for t in (o, *grads))
+
+
+# ---- Groups --------------------------------------------------------------------------------------------
+
+
+def grouped() -> dict[str, dict[str, Any]]:
+    """Calls of grouped_attention whose tiles, heads and batches are unlike those of the contract's cases."""
+    generator = torch.Generator().manual_seed(2)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).half().float()
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randint(-1, 150, shape, generator=generator)
+
+    def qkv(Hq: int = 2, Hk: int = 2, N: int = 300) -> dict[str, torch.Tensor]:
+        return {"q": randn(2, Hq, N, D), "k": randn(2, Hk, N, D), "v": randn(2, Hk, N, D)}
+
+    in_order = torch.arange(300).view(2, 150)  # tiles that see all, some and nothing
+    holes = in_order.masked_fill(in_order % 5 == 2, -1)
+    holes[1, 64:] = -1  # tiles without a token
+    ends = torch.tensor([0, 0, 66, 66, 69, 100])
+    only = torch.rand(2, 120, generator=generator).argsort(-1)[None, :, :100]
+    return {
+        "tiles": {**qkv(), "groups": Groups(in_order), "causal": True},
+        "holes": {**qkv(), "groups": Groups(holes), "mask": Window(70, 0), "sinks": randn(2)},
+        "labels": {**qkv(), "groups": Groups(holes, labels=in_order // 40)},
+        "labels of one side": {
+            **qkv(), "groups": Groups(in_order, labels=in_order // 100 - 1), "key_groups": Groups(holes),
+            "mask": Dilated(60, 3),
+        },
+        "heads": {
+            **qkv(4, 2, 150), "groups": Groups(some(1, 4, 3, 50)), "key_groups": Groups(some(2, 2, 3, 70)),
+            "combine": "sum", "head_map": torch.tensor([1, 0, 0, 1]), "mask": Causal() | Prefix(9),
+            "bias": [randn(3, 1, 50, 70), Toeplitz(randn(4, 139))], "return_lse": False,
+        },
+        "ragged": {
+            **qkv(4, 2, 120), "groups": Groups(only, ends), "bias": randn(5, 4, 66, 1),
+            "weight": randn(5, 1, 1, 66), "dropout": 0.2, "seed": 4,
+        },
+        "nothing": {**qkv(N=9), "groups": Groups(torch.full((2, 3), -1)), "sinks": randn(2)},
+        "no slots": {**qkv(N=9), "groups": Groups(torch.zeros(0, dtype=torch.int64), torch.tensor([0, 0]))},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", grouped())
+def test_groups_match_the_reference(name: str, poisoned: None) -> None:
+    if why := why_no_triton():
+        pytest.skip(f"triton: {why}")
+    op, call = OPS["attention"], {"function": "grouped_attention", **grouped()[name]}
+    call = {n: x.to(triton_device()) if hasattr(x, "to") else x for n, x in call.items()}
+    double = {n: t.double() for n, t in testing.floats(call).items()}
+    check(
+        testing.run(op, call, "triton"),
+        testing.run(op, testing.with_floats(call, double), "reference"),
+        testing.run(op, call, "reference"),
+    )
+
+
+@pytest.mark.parametrize("by_slot", [False, True])
+@pytest.mark.parametrize("ends", [[0, 3, 8], [0, 90, 8], [-4, 3, 30], [7, 2, 1]], ids=str)
+def test_tokens_that_do_not_exist_are_empty_slots(
+    ends: list[int], by_slot: bool, poisoned: None
+) -> None:
+    """And whatever the ends of groups are, nothing outside is read or written."""
+    if why := why_no_triton():
+        pytest.skip(f"triton: {why}")
+    op, device = OPS["attention"], triton_device()
+    q, k, v = (torch.randn(1, 1, 20, 16, device=device).requires_grad_() for _ in range(3))
+    slots = [3, -1, 20, 1 << 30, 7, -(1 << 31), 12, 0]
+    results = []
+    for held in (slots, [t if 0 <= t < 20 else -1 for t in slots]):
+        given = {
+            "cu_q": torch.tensor(ends, dtype=torch.int32, device=device),
+            "slots_q": torch.tensor(held, dtype=torch.int32, device=device)[None, None, None],
+        }
+        given |= {"cu_k": given["cu_q"], "slots_k": given["slots_q"]}
+        extras = [given.get(name) for name in NAMES]
+        o, lse, _ = op.call(
+            q, k, v, *extras, lowered(Causal())[0], (*NUMBERS[:5], by_slot, 0.0), backend="triton"
+        )
+        grads = torch.autograd.grad(o.sum(), (q, k, v))
+        results.append((o, lse, *grads))
+        assert all(t.isfinite().all() for t in (o, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_gradients_go_by_slot_only_where_tokens_may_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd hands back other objects for the same index."""
+    if why := why_no_triton():
+        pytest.skip(f"triton: {why}")
+    from fastattn.kernels.attention import triton_groups
+
+    sums: list[torch.Size] = []
+    gather = triton_groups.gather
+    monkeypatch.setattr(
+        triton_groups, "gather", lambda *args: (sums.append(args[1].shape), gather(*args))
+    )
+    q, k, v = (
+        torch.randn(1, 1, 20, D, device=triton_device(), requires_grad=True) for D in (16, 16, 8)
+    )
+    one = Groups(torch.arange(6).view(2, 3)).to(triton_device())
+    for options, wanted in (
+        ({}, []), ({"key_groups": one}, []),
+        ({"key_groups": Groups(torch.arange(8).view(2, 4)).to(triton_device())}, [(1, 1, 8, 16), (1, 1, 8, 8)]),
+        ({"combine": "sum"}, [(1, 1, 6, 16), (1, 1, 6, 16), (1, 1, 6, 8)]),
+    ):  # fmt: skip
+        sums.clear()
+        fa.grouped_attention(q, k, v, one, **options, backend="triton").sum().backward()
+        assert sums == wanted

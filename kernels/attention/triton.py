@@ -16,11 +16,13 @@ w_ij = keep_ij weight_ij clip(p_ij) (triton_scores, triton_weights; gradients: t
 
 What a program owns lies in shared memory once, what it walks num_stages deep; sums in registers.
 dq also writes what dkdv subtracts from logits (shift) and from dp (delta).  Float32 products are
-those of float32 (no tf32), and dq corrects delta by a pass of its own: README.md, section 6.
+those of float32 (no tf32).  dq corrects delta by a pass of its own, in 16 bits only where a bias or
+the sinks get gradients: README.md, section 6.
 
 Where the mask is no band, each tile in the range of its keys is asked first, and skipped without a
 load of k or v if nothing in it is visible.  Clipped weights need the whole denominator first: fwd and
-dq walk the keys twice.  A packed sequence's tiles are found on the GPU, from its ends.
+dq walk the keys twice.  A packed sequence's tiles are found on the GPU, from its ends; a group's are of
+its slots, whose rows are gathered by the tokens in them and written back so (triton_rows, triton_groups).
 
 One file because the passes walk the same tiles; what they share is in triton_call, tiles in
 triton_tiles.
@@ -56,7 +58,8 @@ With grouped heads dkdv at 128 on sm_90 spills 192 bytes, outside the loops over
 
 With more than a band and a scale tiles are smaller (RICH in triton_tiles).  Spills at width 128 in 16
 bits of fwd, dq, dkdv and the gradients (triton_gradients) of a bias; of tables by offset and index; of
-rows of keys and queries; with block masks; softcap and sinks; dropout and clip; packed and heads:
+rows of keys and queries; with block masks; softcap and sinks; dropout and clip; packed and heads; groups
+with labels:
 
              sm_80            sm_90            sm_100           gfx942
     bias       0   0   0   0    0   0   0   0    0   0   0   0    0   0   0   0
@@ -66,11 +69,13 @@ rows of keys and queries; with block masks; softcap and sinks; dropout and clip;
     sinks     40   0   0   -    0   0   0   -    0   0   0   -    0   0   0   -
     dropout    0   0   0   -    0   0   0   -    0   0   0   -    0   0   0   -
     packed    32   0  24   -    0   0 144   -    0   0 528   -    0   0   0   -
+    groups     0   0   0   -    0   0   0   -    0   0   0   -    0   0   0   -
 
 Measured: not yet run on a GPU; results are checked in Triton's interpreter, code by reading it.
 Not done, for want of a GPU to measure on: loads by TMA and warp specialisation on sm_90 and later;
 float32 on tensor cores by splitting (3 x tf32); splitting keys over programs when queries are few;
-a list of the tiles that a mask shows, so that loads of the next could run ahead there too.
+a list of the tiles that a mask shows, so that loads of the next could run ahead there and in groups;
+several small groups in one tile.
 Assumes D and Dv <= 256 (limits in api.py).  Any strides; 16-byte loads where 8 divides them.
 """
 
@@ -79,11 +84,12 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.attention import triton_gradients as gradients
+from fastattn.kernels.attention import triton_groups as groups
 from fastattn.kernels.attention.triton_call import (
     call,
     how,
-    key_head,
     products,
+    rows_of,
     tile_of_keys,
     tile_of_queries,
 )
@@ -105,7 +111,7 @@ def attention_fwd(o, lse, q, k, v, how, Hq, group, Nq, Nk):
     # Find the tile.  Under a causal mask the last queries see most keys: they start first.
     NARROW: tl.constexpr = q.p.dtype.element_ty != tl.float32
     b, h, i0 = rows.tile(q, Hq, Nq, how.size.BM, True)
-    hk = key_head(how, h, group)
+    hk = rows.key_head(how, h, group)
     Nq = rows.length(q, b, Nq)
     Nk = rows.length(k, b, Nk, i0 < Nq)
 
@@ -134,6 +140,9 @@ def attention_fwd(o, lse, q, k, v, how, Hq, group, Nq, Nk):
 
     # Divide and write.
     o_tile, lse_tile = softmax.finish(acc, m, l, NARROW)
+    if how.mask.KIND == masks.TOKENS:  # an empty slot has no sink either
+        held = rows.is_held(q, b, h, i0, Nq, how.size.BM)
+        lse_tile = tl.where(held, lse_tile, float("-inf"))
     rows.store(o, b, h, i0, o_tile, Nq, how.size.BM, how.size.DV, how.size.BDV)
     rows.store_scalars(lse, b, h, i0, lse_tile, Nq, how.size.BM)
 
@@ -186,11 +195,13 @@ def _absorb_partial(acc, m, l, q, k, v, place, hk, i0, j0, how, PASS: tl.constex
 
 
 @triton.jit(do_not_specialize=("Hq", "Nq", "Nk"))
-def attention_dq(dq, shift, delta, do, dlse, q, k, v, o, lse, how, Hq, group, Nq, Nk):
+def attention_dq(
+    dq, shift, delta, do, dlse, q, k, v, o, lse, how, Hq, group, Nq, Nk, IS_EXACT: tl.constexpr
+):
     NARROW: tl.constexpr = q.p.dtype.element_ty != tl.float32
     BM: tl.constexpr = how.size.BM
     b, h, i0 = rows.tile(q, Hq, Nq, BM, True)
-    hk = key_head(how, h, group)
+    hk = rows.key_head(how, h, group)
     Nq = rows.length(q, b, Nq)
     Nk = rows.length(k, b, Nk, i0 < Nq)
     q_tile = rows.load(q, b, h, i0, Nq, BM, how.size.D, how.size.BD, True)  # [BM, BD]
@@ -204,8 +215,8 @@ def attention_dq(dq, shift, delta, do, dlse, q, k, v, o, lse, how, Hq, group, Nq
     # delta_i = do_i . o_i - dlse_i, kept with the shift for the pass over keys.
     o_tile = rows.load(o, b, h, i0, Nq, BM, how.size.DV, how.size.BDV, True)  # [BM, BDV]
     delta_tile = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [BM]
-    if not NARROW or how.weigh.PASSES == 2:
-        # In float32 the roundings of o would show, and clipped weights have another sum than o:
+    if IS_EXACT or how.weigh.PASSES == 2:
+        # The roundings of o would show, and clipped weights have another sum than o:
         # correct until sum_j p_ij (dp_ij - delta_i) = 0, where dp of the sink is 0.
         excess = tl.zeros([BM], tl.float32)
         total = tl.zeros([BM], tl.float32)
@@ -300,7 +311,7 @@ def attention_dkdv(dk, dv, do, pairs, q, k, v, how, Hk, group, Nq, Nk):
         full_end, num_partial = walk.full_end, walk.num_partial
         if how.heads is not None:  # group is Hq then
             h = g
-            reads = key_head(how, h, group) == hk
+            reads = rows.key_head(how, h, group) == hk
             full_end = tl.where(reads, full_end, walk.full_begin)
             num_partial = tl.where(reads, num_partial, 0)
         for i0 in tl.range(walk.full_begin, full_end, how.size.BM):
@@ -375,25 +386,24 @@ def _add_dkdv_partial(dk, dv, k, v, q, do, pairs, place, i0, j0, how):
 KERNELS = {"fwd": attention_fwd, "dq": attention_dq, "dkdv": attention_dkdv}
 
 
-def run(name, c, rows_of, *tensors):
+def run(name, c, at, *tensors, **more):
     """Launch a kernel, one program a tile of the rows that it owns.
 
-    ``rows_of`` says of each tensor whether its rows are those of queries or of keys: "qqqkk".
+    ``at`` says of each tensor what its rows are: triton_call.rows_of.
     """
-    B, Hq, Nq, D = c.q.shape
-    _, Hk, Nk, DV = c.v.shape
+    B, Hq, _, D = c.q.shape
+    Hk, DV = c.v.shape[1], c.v.shape[3]
+    Nq, Nk = c.lengths
     H, N, ends = (Hk, Nk, c.cu_k) if name == "dkdv" else (Hq, Nq, c.cu_q)
-    num = B if ends is None else ends.shape[0] - 1
-    if num * H * N == 0:
+    if c.num * H * N == 0:
         return
-    length = N if ends is None else triton.cdiv(N, num)
-    tile = choose(name, c.q, max(D, DV), num * H, length, c.is_plain)
+    length = N if ends is None else triton.cdiv(N * B, c.num)
+    tile = choose(name, c.q, max(D, DV), c.num * H, length, c.is_plain)
     BLOCK = tile.BN if name == "dkdv" else tile.BM
-    of = {"q": c.cu_q, "k": c.cu_k}
     group = Hq if name == "dkdv" and c.heads is not None else Hq // max(Hk, 1)
     KERNELS[name][(H * rows.num_tiles(B, N, BLOCK, ends),)](
-        *(t if t is None else rows.rows(t, of[at]) for at, t in zip(rows_of, tensors)),
-        how(c, tile.BM, tile.BN), H, group, Nq, Nk if Hk else 0,
+        *(rows_of(c, t, of) for of, t in zip(at, tensors)),
+        how(c, tile.BM, tile.BN), H, group, Nq, Nk if Hk else 0, **more,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -405,28 +415,48 @@ def forward(o, lse, rest, q, k, v, *more):
         o.zero_()
         lse.fill_(float("-inf"))
     with launch.on(q):
-        run("fwd", c, "qqqkk", o, lse, q, k, v)
+        run("fwd", c, "QQqkk" if c.by_slot else "qQqkk", o, lse, q, k, v)
 
 
 def backward(dq, dk, dv, dbias, dbias2, dweight, dsinks, do, dlse, q, k, v, *more):
     *extras, o, lse, _, code, numbers, needs = more
     c = call(q, k, v, *extras, code, numbers)
+    bias, bias_index, bias2, bias2_index, weight, weight_index, sinks = extras[:7]
+    terms = [
+        (grad, is_weight, *term)
+        for grad, needed, is_weight, *term in (
+            (dbias, needs[3], False, bias, bias_index),
+            (dbias2, needs[4], False, bias2, bias2_index),
+            (dweight, needs[5], True, weight, weight_index),
+        )
+        if needed and term[0] is not None
+    ]
+    has_dsinks = needs[6] and sinks is not None
+    # Sums of many ds show what o was rounded by, in 16 bits too.
+    is_exact = q.dtype == torch.float32 or has_dsinks or not all(term[1] for term in terms)
     # What is subtracted from logits and from dp, side by side for each query.
     pairs = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
     shift, delta = pairs.unbind(-1)
     if c.cu_q is not None:
         for t in (dq, dk, dv, pairs):
             t.zero_()
+    repeats_q, repeats_k = groups.repeats(c)
+    dq_to = groups.by_slot(q, c.slots_q) if repeats_q else dq
+    dk_to, dv_to = (groups.by_slot(t, c.slots_k) for t in (k, v)) if repeats_k else (dk, dv)
+    of_o = "Q" if c.by_slot else "q"
+    of_dq, of_dk = "Q" if repeats_q else "q", "K" if repeats_k else "k"
     with launch.on(q):
-        run("dq", c, "qqqqqqkkqq", dq, shift, delta, do, dlse, q, k, v, o, lse)
-        run("dkdv", c, "kkqqqkk", dk, dv, do, pairs, q, k, v)
-        bias, bias_index, bias2, bias2_index, weight, weight_index, sinks = extras[:7]
-        for grad, needed, is_weight, *term in (
-            (dbias, needs[3], False, bias, bias_index),
-            (dbias2, needs[4], False, bias2, bias2_index),
-            (dweight, needs[5], True, weight, weight_index),
-        ):
-            if needed and term[0] is not None:
-                gradients.run(grad, term, is_weight, c, do, pairs)
-    if sinks is not None and needs[6]:
+        run(
+            "dq", c, f"{of_dq}QQ{of_o}Qqkk{of_o}Q", dq_to, shift, delta, do, dlse, q, k, v, o, lse,
+            IS_EXACT=is_exact,
+        )  # fmt: skip
+        run("dkdv", c, f"{of_dk}{of_dk}{of_o}Qqkk", dk_to, dv_to, do, pairs, q, k, v)
+        for term in terms:
+            gradients.run(*term, c, do, pairs)
+        if repeats_q:
+            groups.gather(dq, dq_to, c.slots_q)
+        if repeats_k:
+            groups.gather(dk, dk_to, c.slots_k)
+            groups.gather(dv, dv_to, c.slots_k)
+    if has_dsinks:
         gradients.sinks(dsinks, sinks, lse, delta)

@@ -30,13 +30,6 @@ class Size(NamedTuple):
     BN: Any
 
 
-class Heads(NamedTuple):
-    """The key head of query head h is p[h], at most ``last``."""
-
-    p: Any
-    last: Any
-
-
 class How(NamedTuple):
     """Which pairs are seen, what happens to logits and to weights, who reads which keys, and tiles."""
 
@@ -62,44 +55,77 @@ class Call(NamedTuple):
     heads: Any
     cu_q: Any
     cu_k: Any
+    slots_q: Any
+    slots_k: Any
+    by_slot: Any  # o has a row a slot
     is_plain: Any  # a band, and nothing beside scaling
+
+    @property
+    def lengths(self):
+        """Rows of queries and of keys, slots where there are groups."""
+        if self.slots_q is None:
+            return self.q.shape[2], self.k.shape[2]
+        return self.slots_q.shape[3], self.slots_k.shape[3]
+
+    @property
+    def num(self):
+        """Batches, or packed sequences, or groups of all batches: what biases call batches."""
+        B, ends = self.q.shape[0], self.cu_q
+        return B if ends is None else B * (ends.shape[0] - 1)
 
 
 def call(
     q, k, v, bias, bias_index, bias2, bias2_index, weight, weight_index, sinks, visible, blocks, heads,
     cu_q, cu_k, seed, slots_q, slots_k, code, numbers,
 ):  # fmt: skip
-    scale, softcap, low, high, dropout = numbers[:5]
-    score = scores.encode(
-        scale, softcap, terms.encode(bias, bias_index), terms.encode(bias2, bias2_index)
+    scale, softcap, low, high, dropout, by_slot = numbers[:6]
+    num = None if slots_q is None else q.shape[0] * (cu_q.shape[0] - 1)
+    first, second, factor = (
+        terms.encode(*term, num)
+        for term in ((bias, bias_index), (bias2, bias2_index), (weight, weight_index))
     )
-    weigh = weights.encode(sinks, low, high, terms.encode(weight, weight_index), seed, dropout)
+    score = scores.encode(scale, softcap, first, second)
+    weigh = weights.encode(sinks, low, high, factor, seed, dropout)
     is_plain = len(code) == masks.WIDTH and code[0] == 0 and bool(score.IS_SCALE and weigh.IS_PLAIN)
-    return Call(q, k, v, code, blocks, visible, score, weigh, heads, cu_q, cu_k, is_plain)
+    # In a row of the index one slot follows the other.
+    slots_q, slots_k = (
+        t if t is None or t.stride(3) == 1 else t.contiguous() for t in (slots_q, slots_k)
+    )
+    return Call(
+        q, k, v, code, blocks, visible, score, weigh, heads, cu_q, cu_k, slots_q, slots_k, bool(by_slot),
+        is_plain and slots_q is None,
+    )  # fmt: skip
 
 
 def how(c, BM, BN):
     """``c`` for kernels whose tiles are BM x BN."""
     D, DV = c.q.shape[3], c.v.shape[3]
     size = (D, DV, launch.block(D), launch.block(DV), BM, BN)
-    mask = masks.encode(
-        c.code, c.q.shape[2], c.k.shape[2], c.cu_q is not None, c.blocks, c.visible, BM, BN
-    )
-    heads = None if c.heads is None else Heads(c.heads, max(c.k.shape[1] - 1, 0))
+    (Hq, Nq), (Hk, Nk) = c.q.shape[1:3], c.k.shape[1:3]
+    is_packed = c.cu_q is not None and c.slots_q is None
+    mask = masks.encode(c.code, Nq, Nk, is_packed, c.blocks, c.visible, BM, BN)
+    heads = None if c.heads is None else rows.Heads(c.heads, max(Hk - 1, 0))
+    if c.slots_q is not None:
+        slots_q, slots_k = rows.slots_of(c.slots_q, Hq, Nq), rows.slots_of(c.slots_k, Hk, Nk)
+        ends = (rows.ends_of(cu, N) for cu, N in zip((c.cu_q, c.cu_k), c.lengths))
+        group = max(Hq // max(Hk, 1), 1)
+        mask = masks.of_tokens(mask, slots_q, slots_k, *ends, heads, group, Nq, Nk, BM, BN)
     is_band = tl.constexpr(masks.is_band(mask))
     return How(mask, c.score, c.weigh, heads, Size(*map(tl.constexpr, size)), is_band)
 
 
+def rows_of(c, t, of):
+    """A tensor whose rows are those of queries, "q", or keys, "k"; or by slot where there are groups, "Q" or "K"."""
+    if t is None:
+        return None
+    ends = c.cu_q if of in "qQ" else c.cu_k
+    if c.slots_q is None:
+        return rows.rows(t, ends)
+    index = {"q": c.slots_q, "k": c.slots_k}.get(of)
+    return rows.rows(t, ends, index, is_grouped=True)
+
+
 # ---- In kernels ---------------------------------------------------------------------------------
-
-
-@triton.jit
-def key_head(how, h, group):
-    if how.heads is None:
-        hk = h // group
-    else:
-        hk = tl.minimum(tl.maximum(tl.load(how.heads.p + h), 0), how.heads.last)
-    return hk
 
 
 @triton.jit

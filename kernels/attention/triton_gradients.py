@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.triton_call import how, key_head, products, tile_of_keys
+from fastattn.kernels.attention.triton_call import how, products, rows_of, tile_of_keys
 from fastattn.kernels.attention.triton_tiles import choose
 from fastattn.kernels.common import triton_masks as masks
 from fastattn.kernels.common import triton_pairs as pairs
@@ -48,7 +48,8 @@ class Share(NamedTuple):
     """How the sums of a gradient are shared out.
 
     A row of the gradient is one batch and head of it, or all batches, or all heads; it sums over num_b
-    batches and num_h heads of the call, ``chunk`` of the num_b num_h in each part.
+    batches and num_h heads of the call, ``chunk`` of the num_b num_h in each part.  Where it has fewer batches
+    than the call, they are taken in turn, as those of groups are.
     """
 
     num_own: int  # programs of one row and part, each with its own tiles
@@ -142,7 +143,8 @@ def _sum(
     BN: tl.constexpr = how.size.BN
     last = tl.minimum((part + 1) * share.chunk, share.num_b * share.num_h)
     for pair in tl.range(part * share.chunk, last):
-        at_b, at_h = b + pair // share.num_h, h + pair % share.num_h
+        at_b = b + pair // share.num_h * (share.num_rows // share.row_heads)
+        at_h = h + pair % share.num_h
         here = Place(at_b, at_h, rows.length(q, at_b, Nq), rows.length(k, at_b, Nk))
         num_i, num_j = tl.cdiv(here.Nq, BM), tl.cdiv(here.Nk, BN)
         begin, end = ti * 0, tl.minimum(num_i - ti, num_j - tj)
@@ -187,7 +189,7 @@ def _add(acc, q, k, v, do, shift_delta, how, place, group, i0, j0, IS_WEIGHT: tl
     is_shift = tl.arange(0, 2)[None, :] == 0
     shift = tl.sum(tl.where(is_shift, pair_tile, 0.0), 1)  # [BM]
     delta = tl.sum(tl.where(is_shift, 0.0, pair_tile), 1)  # [BM]
-    hk = key_head(how, h, group)
+    hk = rows.key_head(how, h, group)
     k_tile, s, p, dw = products(q_tile, do_tile, shift, k, v, place, hk, i0, j0, how, True)
     if IS_WEIGHT:
         grad = weights.weight_grad(how.weigh, p, dw, place, i, j)
@@ -213,13 +215,11 @@ def _sort(bins, x, t_tile, first, begin, end, NUM_BINS: tl.constexpr):
 # ---- Launch -------------------------------------------------------------------------------------
 
 
-def run(grad, term, is_weight, c, do, shift_delta):
-    """Write the gradient of the values or the table of ``term``."""
-    values, index = term
-    B, Hq, Nq = c.q.shape[:3]
-    Hk, Nk = c.k.shape[1:3]
+def run(grad, is_weight, values, index, c, do, shift_delta):
+    """Write the gradient of a bias or weight: of its values, or of its table if there are an index or two axes."""
+    Hq, Hk, num = c.q.shape[1], c.k.shape[1], c.num
+    Nq, Nk = c.lengths
     is_packed = c.cu_q is not None
-    num = c.cu_q.shape[0] - 1 if is_packed else B
     if not (num * Hq * Nq * Nk * Hk and grad.numel()):
         grad.zero_()
         return
@@ -264,8 +264,8 @@ def run(grad, term, is_weight, c, do, shift_delta):
     )  # fmt: skip
     attention_dterm[(num_own * rows_b * rows_h * parts,)](
         pairs.pairs(out), terms.encode(values, index) if form == "index" else None,
-        rows.rows(c.q, c.cu_q), rows.rows(c.k, c.cu_k), rows.rows(c.v, c.cu_k),
-        rows.rows(do, c.cu_q), rows.rows(shift_delta, c.cu_q),
+        *(rows_of(c, t, "qkk"[n]) for n, t in enumerate((c.q, c.k, c.v))),
+        rows_of(c, do, "Q" if c.by_slot else "q"), rows_of(c, shift_delta, "Q"),
         how(c, BLOCK, BLOCK), share, Hq // Hk, Nq, Nk, *tiles,
         form, is_weight, bins if form == "index" else 1,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,

@@ -19,6 +19,8 @@ are tight; of other masks ``all`` is empty, and tiles are asked for with ``found
 where it is not: the blocks of the layout that a tile meets, or the tile of the bool tensor.  Of ``&``
 it is the least and of ``|`` the most of both sides, which may say SOME for ALL or NONE, never more.
 
+In groups i and j are slots and masks speak of the tokens in them: ``of_tokens`` puts the slots around a mask.
+
 A new mask adds a NamedTuple, its row in ``_KINDS`` and a branch on its KIND in these functions.
 Kernels do not change.  The same masks in C++ are in csrc/core/masks.h.
 
@@ -32,6 +34,8 @@ import triton
 import triton.language as tl
 
 from fastattn.kernels.common import triton_pairs as pairs
+from fastattn.kernels.common import triton_rows as rows
+from fastattn.kernels.common.triton_pairs import Place
 
 FAR = 1 << 30  # beyond every sequence; no bound at all
 FAR_AWAY = tl.constexpr(FAR)
@@ -39,7 +43,9 @@ WIDTH = 6  # integers a node, as in fastattn/masks.py
 NONE, SOME, ALL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # The kinds of nodes, after fastattn/masks.py, and bands whose limits are still to be found.  A KIND is
 # the last field of its node: Triton 3.6 forgets constants inside a tuple's tuples if none follows them.
-BAND, DILATED, PREFIX, BLOCKS, DENSE, AND, OR, BOUNDS, FORMULA = map(tl.constexpr, range(9))
+BAND, DILATED, PREFIX, BLOCKS, DENSE, AND, OR, BOUNDS, FORMULA, TOKENS = map(
+    tl.constexpr, range(10)
+)
 
 
 class Band(NamedTuple):
@@ -111,6 +117,23 @@ class Formula(NamedTuple):
 
     nodes: Any
     NUM: Any
+    KIND: Any
+
+
+class Tokens(NamedTuple):
+    """A mask of Nq x Nk tokens for the slots that hold them; tokens of other labels are hidden from each other."""
+
+    mask: Any
+    q: Any  # slots
+    k: Any
+    ends_q: Any
+    ends_k: Any
+    heads: Any  # as How's: the slots of keys are those of a key head
+    group: Any
+    Nq: Any
+    Nk: Any
+    BM: Any
+    BN: Any
     KIND: Any
 
 
@@ -187,6 +210,12 @@ def encode(code, Nq, Nk, is_packed=False, blocks=None, visible=None, BM=64, BN=6
     return Formula((*nodes, tl.constexpr(0)), tl.constexpr(len(nodes)), FORMULA)
 
 
+def of_tokens(mask, q, k, ends_q, ends_k, heads, group, Nq, Nk, BM, BN):
+    """``mask`` asked by slots, ``found`` of tiles of BM x BN of them."""
+    BM, BN = tl.constexpr(BM), tl.constexpr(BN)
+    return Tokens(mask, q, k, ends_q, ends_k, heads, group, Nq, Nk, BM, BN, TOKENS)
+
+
 def is_band(mask):
     """Whether ranges say everything, so that tiles need not be asked one by one."""
     return isinstance(mask, (Band, Bounds))
@@ -198,6 +227,32 @@ def is_band(mask):
 @triton.jit
 def visible(mask, place, i, j):
     """One of i and j is a column [n, 1], the other a row [1, n]."""
+    if mask.KIND == TOKENS:
+        at_i, at_j = _tokens(mask, place, i, j)
+        here = Place(place.b // mask.ends_q.num, place.h, mask.Nq, mask.Nk)
+        # What is no token asks for the first one, and is hidden.
+        seen = _visible_to(mask.mask, here, tl.maximum(at_i, 0), tl.maximum(at_j, 0))
+        seen = seen & (at_i >= 0) & (at_j >= 0)
+        if mask.q.HAS_LABELS:
+            hk = rows.key_head(mask, place.h, mask.group)
+            label_i = rows.labels(mask.q, mask.ends_q, place.b, place.h, i, place.Nq)
+            seen = seen & (label_i == rows.labels(mask.k, mask.ends_k, place.b, hk, j, place.Nk))
+    else:
+        seen = _visible_to(mask, place, i, j)
+    return seen
+
+
+@triton.jit
+def _tokens(mask, place, i, j):
+    """The tokens of slots i of queries and j of keys, below 0 for none."""
+    hk = rows.key_head(mask, place.h, mask.group)
+    at_i = rows.tokens(mask.q, mask.ends_q, place.b, place.h, i, place.Nq)
+    return at_i, rows.tokens(mask.k, mask.ends_k, place.b, hk, j, place.Nk)
+
+
+@triton.jit
+def _visible_to(mask, place, i, j):
+    """The same of any mask but that of slots."""
     if mask.KIND == FORMULA:
         seen = _visible(mask.nodes[0], place, i, j)
         second, third, fourth = seen, seen, seen  # what waits; no recursion, which Triton 3.4 lacks
@@ -377,7 +432,9 @@ def queries_all(mask, j0, j1, Nq, Nk):
 @triton.jit
 def found(mask, place, i0, i1, j0, j1):
     """NONE, SOME or ALL of [i0, i1) x [j0, j1), neither empty."""
-    if mask.KIND == FORMULA:
+    if mask.KIND == TOKENS:
+        answer = _found_tokens(mask, place, i0, i1, j0, j1)
+    elif mask.KIND == FORMULA:
         answer = _found(mask.nodes[0], place, i0, i1, j0, j1)
         second, third, fourth = answer, answer, answer
         for n in tl.static_range(1, mask.NUM):
@@ -423,6 +480,27 @@ def _found(mask, place, i0, i1, j0, j1):
         j = j0 + tl.arange(0, mask.BN)[None, :]
         answer = _count(pairs.load(mask.bytes, place, i, j), (i < i1) & (j < j1))
     return answer
+
+
+@triton.jit
+def _found_tokens(mask, place, i0, i1, j0, j1):
+    """A band is asked from the first to the last token of both sides; what looks at data, pair by pair."""
+    i, j = i0 + tl.arange(0, mask.BM), j0 + tl.arange(0, mask.BN)
+    at_i, at_j = _tokens(mask, place, i, j)
+    is_i, is_j = (at_i >= 0) & (i < i1), (at_j >= 0) & (j < j1)
+    num_i, num_j = tl.sum(is_i.to(tl.int32), 0), tl.sum(is_j.to(tl.int32), 0)
+    answer = SOME + num_i * 0
+    if mask.mask.KIND == BAND:
+        least_i = tl.min(tl.where(is_i, at_i, FAR_AWAY), 0)
+        least_j = tl.min(tl.where(is_j, at_j, FAR_AWAY), 0)
+        past_i = tl.max(tl.where(is_i, at_i, -1), 0) + 1
+        past_j = tl.max(tl.where(is_j, at_j, -1), 0) + 1
+        answer = _found(mask.mask, place, least_i, past_i, least_j, past_j)
+        is_whole = (num_i == i1 - i0) & (num_j == j1 - j0)
+        if mask.q.HAS_LABELS:
+            is_whole = num_i < 0
+        answer = tl.where(is_whole, answer, tl.minimum(answer, SOME))
+    return tl.where((num_i == 0) | (num_j == 0), NONE, answer)
 
 
 @triton.jit

@@ -29,23 +29,26 @@ class Pairs(NamedTuple):
     stride_j: Any
     num_i: Any
     num_j: Any
+    num_b: Any  # None unless batches take them in turn
     IS_WIDE: Any  # constexpr: places inside a head pass 2^31
 
 
-def pairs(t):
-    """A tensor of at most four axes, aligned at the last."""
+def pairs(t, num=None):
+    """A tensor of at most four axes, aligned at the last; of ``num`` batches, if it may have fewer of its own."""
     t = t[(None,) * (4 - t.dim())]
     strides = (None if n == 1 else stride for n, stride in zip(t.shape, t.stride()))
     num_i, num_j = t.shape[2:]
     is_wide = (num_i + 256) * t.stride(2) + (num_j + 256) * t.stride(3) >= 1 << 31
-    return Pairs(t, *strides, num_i, num_j, tl.constexpr(is_wide))
+    num_b = None if num is None or t.shape[0] in (1, num) else t.shape[0]
+    return Pairs(t, *strides, num_i, num_j, num_b, tl.constexpr(is_wide))
 
 
 @triton.jit
 def _p_head(t, place):
     p = t.p
     if t.stride_b is not None:
-        p += tl.cast(place.b, tl.int64) * t.stride_b
+        b = place.b if t.num_b is None else place.b % t.num_b
+        p += tl.cast(b, tl.int64) * t.stride_b
     if t.stride_h is not None:
         p += tl.cast(place.h, tl.int64) * t.stride_h
     return p

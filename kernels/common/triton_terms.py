@@ -34,12 +34,12 @@ class Table(NamedTuple):
     FORM: Any
 
 
-def encode(values, index):
-    """The term that kernels carry, None where there is none."""
+def encode(values, index, num=None):
+    """The term that kernels carry, None where there is none; ``num`` batches take its own in turn."""
     if values is None:
         return None
     if values.dim() == 4:
-        return Values(pairs.pairs(values), VALUES)
+        return Values(pairs.pairs(values, num), VALUES)
     H, T = values.shape
     return Table(
         values, values.stride(0) if H > 1 else 0, values.stride(1), T - 1,
