@@ -511,6 +511,14 @@ WRONG = {  # one line, one way to be wrong
         bias_forgotten=Wrong("attention_decode", inputs=lambda known: {"alibi_slopes": None}),
         bias_of_the_other_sign=Wrong("attention_decode", inputs=lambda known: {
             "alibi_slopes": None if known["alibi_slopes"] is None else -known["alibi_slopes"]}),
+        terms_forgotten=Wrong("attention_decode", inputs=without("bias", "bias_index")),
+        second_bias_forgotten=Wrong("attention_decode", inputs=without("bias2", "bias2_index")),
+        weight_forgotten=Wrong("attention_decode", inputs=without("weight", "weight_index")),
+        or_for_and=Wrong("attention_decode", inputs=or_for_and),
+        bool_mask_forgotten=Wrong("attention_decode", inputs=lambda known: {
+            "visible": None if known["visible"] is None else torch.ones_like(known["visible"])}),
+        blocks_of_another_head=Wrong("attention_decode", inputs=lambda known: {
+            "blocks": None if known["blocks"] is None else known["blocks"].roll(9)}),
         empty_rows_are_nan=Wrong("attention_decode", outputs=lambda known, found: {
             "o": torch.where(torch.isinf(found["lse"])[..., None], torch.nan, found["o"])}),
         lse_without_sink=Wrong("attention_decode", outputs=outputs_of("attention_decode", lambda known: {"sinks": None})),

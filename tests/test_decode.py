@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastattn as fa
-from fastattn.masks import Causal, Full, Mask, Window
+from fastattn.masks import Causal, Full, Window
 from fastattn.op import OPS
 from fastattn.testing import Result, check, poisoned, run
 
@@ -383,15 +383,20 @@ REFUSED = {
               "block_table is int32[1, 2] on cpu; with q float32[2, 4, 1, 8] on cpu it takes "
               "[2, pages of a sequence] of int32 or int64"),
     "sinks": ((Q, K, V, L), {"sinks": t(2)}, "sinks is float32[2] on cpu; with q float32[2, 4, 1, 8] on cpu it takes [4] of float32"),
-    "bias": ((Q, K, V, L), {"bias": t(2, 4, 1, 9)}, "bias is Tensor; it takes an object with slopes [Hq], or None"),
+    "bias": ((Q, K, V, L), {"bias": 3},
+             "bias is int; it takes a float tensor, Toeplitz or Relative, ALiBi, KeyBias, or a list of them"),
     "slopes": ((Q, K, V, L), {"bias": SimpleNamespace(slopes=t(3))},
                "bias.slopes is float32[3] on cpu; with q float32[2, 4, 1, 8] on cpu it takes [4] of float32"),
     "softcap": ((Q, K, V, L), {"softcap": 0.0}, "softcap is 0.0; it takes a number > 0, or None"),
     "softcap word": ((Q, K, V, L), {"softcap": "x"}, "softcap is 'x'; it takes a number"),
     "scale": ((Q, K, V, L), {"scale": t(1)}, "scale is Tensor; it takes a number"),
     "causal": ((Q, K, V, L), {"causal": 1}, "causal is 1; it takes True or False"),
-    "mask": ((Q, K, V, L), {"mask": torch.ones(1, 9, dtype=torch.bool)},
-             "mask is Tensor; it takes a value of fastattn.masks or None"),
+    "mask": ((Q, K, V, L), {"mask": torch.ones(1, 8, dtype=torch.bool)},
+             "mask is bool[1, 8] on cpu; with q float32[2, 4, 1, 8] on cpu it must broadcast to "
+             "[B, Hq, Nq, Nmax] = [2, 4, 1, 9]"),
+    "mask word": ((Q, K, V, L), {"mask": "causal"},
+                  "mask is str; it takes a value of fastattn.masks, a bool tensor or None"),
+    "weight": ((Q, K, V, L), {"weight": [t(1, 9)]}, "weight is list; it takes a float tensor, Toeplitz or Relative"),
     "splits": ((Q, K, V, L), {"num_splits": 0}, "num_splits is 0; it takes None or an integer >= 1"),
     "gradient": ((Q.clone().requires_grad_(), K, V, L), {}, "q requires grad, and this function is for inference: call it under "
                  "torch.no_grad(), or fastattn.attention, which has gradients"),
@@ -414,16 +419,6 @@ def test_refusals(what, named):
     args, given, text = REFUSED[what]
     with pytest.raises(ValueError, match=f"^{re.escape('attention_decode: ' + text)}$"):
         fa.attention_decode(*args, **given, backend=named)
-
-
-class Checkered(Mask):
-    def encode(self):
-        return [7, 0, 0, 0, 0]
-
-
-def test_masks_that_are_no_band_are_refused():
-    with pytest.raises(ValueError, match="it takes Full, Causal, Window and what & makes of them"):
-        fa.attention_decode(Q, K, V, L, mask=Checkered())
 
 
 OUTSIDE = {
@@ -522,7 +517,7 @@ def test_bad_numbers_stay_in_their_sequence_and_head(backend, where, bad):
 def test_kernels_check_shapes_because_torch_ops_does_not(best_cpu):
     def run(q=Q, k=K, v=V, lengths=L, table=None, sinks=None, mask=None, splits=0):
         torch.ops.fastattn.attention_decode_fwd(
-            q, k, v, lengths, table, sinks, None, 0, mask or Full().encode(), 1.0, 0.0, splits, backend=best_cpu
+            q, k, v, lengths, table, sinks, *[None] * 9, 0, mask or Full().encode(), 1.0, 0.0, splits, backend=best_cpu
         )  # fmt: skip
 
     for given, says in (
@@ -533,7 +528,7 @@ def test_kernels_check_shapes_because_torch_ops_does_not(best_cpu):
         ({"table": TABLE, "k": POOL, "v": POOL[:, :2]}, "v_cache is .*; axis 1 must be 3"),
         ({"table": TABLE[:1], "k": POOL, "v": POOL}, "it takes 2 rows"),
         ({"sinks": t(3)}, "sinks is .*; axis 0 must be 4"),
-        ({"mask": [1, 2]}, "it takes a band"),
+        ({"mask": [0, 2]}, "mask has 2 numbers"),
         ({"splits": -1}, "num_splits is -1"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -95,6 +95,9 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[int, int], Tensors]]] = {
     "merge": (
         lambda q, k, v: fa.merge_attention(*zip(*(fa.attention(q, t, t, return_lse=True) for t in (k, v)))), qkv),
     "decode": (lambda **call: fa.attention_decode(**call), cached),
+    "decode with more": (
+        lambda b, **call: fa.attention_decode(**call, bias=[b], weight=b, mask=LEFT),
+        lambda Nq, Nk: cached(Nq, Nk) | {"b": torch.randn(1, 4, 1, Nk + 8)}),
 }  # fmt: skip
 BY_NAME = pytest.mark.parametrize("call", CALLS)
 
@@ -105,7 +108,7 @@ def flat(found: Any) -> tuple[torch.Tensor, ...]:
 
 def results(function: Callable[..., Any], tensors: Tensors, call: str) -> list[torch.Tensor]:
     """Outputs, and gradients of every float tensor."""
-    if call == "decode":
+    if call.startswith("decode"):
         return [*flat(function(**tensors))]
     tensors = {
         n: t.detach().requires_grad_() if t.is_floating_point() else t for n, t in tensors.items()
@@ -137,7 +140,7 @@ def test_compiled_once_for_all_lengths(call):
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(call, low):
     """Float32 tensors under autocast give what tensors of its dtype give; gradients come in float32."""
-    if call == "decode":
+    if call.startswith("decode"):
         pytest.skip("reference: decode computes in the dtype of its caches")
     function, make = CALLS[call]
     tensors = make(9, 12)
@@ -175,7 +178,7 @@ def test_vmap(call):
 @BY_NAME
 def test_gradients_a_sample(call):
     """vmap of grad, which privacy and meta-learning use."""
-    if call == "decode":
+    if call.startswith("decode"):
         pytest.skip("reference: decode has no gradient")
     function, make = CALLS[call]
     tensors = make(9, 12)
@@ -196,7 +199,7 @@ def test_gradients_a_sample(call):
 @BY_NAME
 def test_checkpoint(call):
     """What is computed again in the backward pass is the same, dropout included."""
-    if call == "decode":
+    if call.startswith("decode"):
         pytest.skip("reference: decode has no gradient")
     function, make = CALLS[call]
     tensors = make(9, 12)
@@ -244,7 +247,7 @@ def test_the_table_says_what_the_descriptors_say():
     )
     assert {row[0] for row in rows} >= {*CALLS} - {"dilated", "dropout by a tensor", "merge"}
     for call, *ticks in rows:
-        op = OPS["attention_decode" if call == "decode" else "attention"]
+        op = OPS["attention_decode" if call.startswith("decode") else "attention"]
         for family, tick in zip(("cpu", "triton"), ticks):
             found = {natively(call, row, op) for row in op.backends if row.family == family}
             assert found == {bool(tick)}, f"{call} on {family}"

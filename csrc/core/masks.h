@@ -7,10 +7,12 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <span>
 
 #include "csrc/core/check.h"
 #include "csrc/core/dtype.h"
+#include "csrc/core/tensor.h"
 
 namespace fastattn {
 
@@ -169,6 +171,22 @@ struct MaskNode {
 struct MaskTensors {
   const bool *blocks = nullptr, *dense = nullptr;
   int64_t num_blocks = 0, dense_shape[4] = {}, dense_stride[4] = {};
+
+  static MaskTensors of(const std::optional<Tensor>& dense, const std::optional<Tensor>& blocks) {
+    MaskTensors x;
+    if (blocks) {
+      const View<const bool, 1> t(*blocks);
+      FASTATTN_CHECK(t.stride[0] == 1 || t.shape[0] < 2, "blocks must be contiguous");
+      x.blocks = t.data, x.num_blocks = t.shape[0];
+    }
+    if (dense) {
+      const View<const bool, 4> t(*dense);
+      x.dense = t.data;
+      std::copy_n(t.shape, 4, x.dense_shape);
+      std::copy_n(t.stride, 4, x.dense_stride);
+    }
+    return x;
+  }
 };
 
 // The tokens that the slots of a group hold, -1 for none, and their labels: tokens see each other where those are equal.

@@ -216,17 +216,7 @@ struct Options {
         FASTATTN_CHECK(heads[h] >= 0 && heads[h] < Hk, "heads[", h, "] is ", heads[h], "; Hk is ",
                        Hk);
     }
-    if (blocks) {
-      const View<const bool, 1> t(*blocks);
-      FASTATTN_CHECK(t.stride[0] == 1 || t.shape[0] < 2, "blocks must be contiguous");
-      tensors.blocks = t.data, tensors.num_blocks = t.shape[0];
-    }
-    if (visible) {
-      const View<const bool, 4> t(*visible);
-      tensors.dense = t.data;
-      std::copy_n(t.shape, 4, tensors.dense_shape);
-      std::copy_n(t.stride, 4, tensors.dense_stride);
-    }
+    tensors = MaskTensors::of(visible, blocks);
     if (dropout != 0) {
       FASTATTN_CHECK(seed_ && dropout > 0 && dropout < 1, "dropout is ", dropout,
                      "; it takes a number in [0, 1), and a seed");

@@ -10,16 +10,30 @@ from typing import Any
 import torch
 
 from fastattn.backends import at_most, cpu, reference, takes, triton
-from fastattn.bias import ALiBi
+from fastattn.bias import ALiBi, KeyBias, Relative, Term, Toeplitz, expand, terms
 from fastattn.checks import Axes, described, number, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.decode import reference as formula
-from fastattn.masks import UNBOUNDED, Causal, Full, Mask, Window, pairs
+from fastattn.masks import (
+    UNBOUNDED,
+    BlockSparse,
+    Causal,
+    Dense,
+    Dilated,
+    Full,
+    Mask,
+    Prefix,
+    Window,
+    heads,
+    lowered,
+    materialize,
+    pairs,
+)
 from fastattn.op import Case, Cost, Op, in_place
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-FULL, CAUSAL = Full().encode(), Causal().encode()
 INTEGERS = (torch.int32, torch.int64)
+FULL = Full().encode()
 NEW = {"k_new": "B Hk Nnew D", "v_new": "B Hk Nnew Dv"}
 DENSE = {"q": "B Hq Nq D", "k_cache": "B Hk Nmax D", "v_cache": "B Hk Nmax Dv"}
 PAGED = {
@@ -49,21 +63,36 @@ def _capacity(k_cache, block_table):
 
 
 def _reference(
-    q, k_cache, v_cache, lengths, block_table, sinks, slopes, new, mask, scale, softcap, splits
-):
+    q, k_cache, v_cache, lengths, block_table, sinks, slopes,
+    bias, bias_index, bias2, bias2_index, weight, weight_index, visible, blocks, new, mask, scale, softcap, splits,
+):  # fmt: skip
     _check_values(lengths, block_table, new, k_cache)
-    Nq, Nmax = q.shape[2], _capacity(k_cache, block_table)
-    total = (lengths.long() + new)[:, None, None]  # [B, 1, 1]
-    i = torch.arange(Nq, device=q.device)[:, None]
-    j = torch.arange(Nmax, device=q.device)[None, :]
-    at = total - Nq + i  # [B, Nq, 1]: the last query stands at the last token
-    left, right, left_top, right_top = mask[1:5]
-    visible = (j < total) & (j >= at - left) & (j <= at + right)
-    visible = visible & (j >= i - left_top) & (j <= i + right_top)  # [B, Nq, Nmax]
-    bias = None
-    if slopes is not None:
-        bias = -slopes[:, None, None].to(_wide(q)) * (at - j).abs()[:, None]  # [B, Hq, Nq, Nmax]
-    return formula.forward(q, k_cache, v_cache, block_table, visible, bias, scale, softcap, sinks)
+    B, Hq, Nq, _ = q.shape
+    Nmax = _capacity(k_cache, block_table)
+    totals = (lengths + new).clamp(0, Nmax).tolist()
+    seen = torch.zeros(B, Hq, Nq, Nmax, dtype=torch.bool, device=q.device)
+    added = torch.zeros(B, Hq, Nq, Nmax, dtype=_wide(q), device=q.device)
+    factor = torch.ones_like(added)
+    for b, n in enumerate(totals):  # each sequence by its own length
+
+        def pairwise(values, index=None, b=b, n=n):
+            x = expand(values, None if index is None else index[:, :n], Nq, n)
+            return x[b % len(x), :, :, :n]
+
+        known = None if visible is None else pairwise(visible)
+        seen[b, :, :, :n] = materialize(mask, Nq, n, q.device, blocks, known)
+        for values, index in ((bias, bias_index), (bias2, bias2_index)):
+            if values is not None:
+                added[b, :, :, :n] += pairwise(values, index)
+        if slopes is not None:
+            at = n - Nq + torch.arange(Nq, device=q.device)[:, None]
+            away = (at - torch.arange(n, device=q.device)).abs()
+            added[b, :, :, :n] -= slopes[:, None, None].to(added.dtype) * away
+        if weight is not None:
+            factor[b, :, :, :n] = pairwise(weight, weight_index)
+    return formula.forward(
+        q, k_cache, v_cache, block_table, seen, added, scale, softcap, sinks, factor if weight is not None else None
+    )  # fmt: skip
 
 
 def _wide(q):
@@ -93,7 +122,8 @@ def _check_values(lengths, block_table, new, k_cache):
 
 def _append(k_cache, v_cache, k_new, v_new, lengths, block_table, *, backend=""):
     # What the limits of the rows ask of q, they may ask of k_new.
-    like = (k_new, k_cache, v_cache, *[None] * (len(OP.arguments) - 3))
+    known = {"q": k_new, "k_cache": k_cache, "v_cache": v_cache, "mask": FULL}
+    like = [known.get(name) for name in OP.arguments]
     row = OP.choose(like, backend)
     append = row.beside("append") if row.forward else _append_by_formula
     append(k_cache, v_cache, k_new, v_new, lengths, block_table)
@@ -141,11 +171,30 @@ def _make(case: Case, randn: Any) -> dict[str, Any]:
         call["sinks"] = randn(Hq)
     if "bias" in given:
         call["bias"] = ALiBi(2.0 ** -torch.arange(1.0, Hq + 1))
+    if case.terms:
+        call["bias"] = [_term(case, kind, randn) for kind in case.terms.split("+")]
+    if case.weight:
+        call["weight"] = _term(case, case.weight, randn)
+    if case.visible:
+        call["mask"] = randn(B, Hq, case.Nq, case.Nmax) > -0.5
     for name in ("lengths", "block_table"):
         if name in call:
             call[name] = call[name].to(q.device)
     options = ("mask", "causal", "scale", "softcap", "num_splits")
     return call | {n: getattr(case, n) for n in options if getattr(case, n) is not None}
+
+
+def _term(case: Case, kind: str, randn: Any) -> Any:
+    if kind == "alibi":
+        return ALiBi(randn(case.Hq, wide=True).abs() / 4)
+    if kind == "toeplitz":
+        return Toeplitz(randn(case.Hq, 2 * case.Nmax + 3, wide=True))
+    if kind == "relative":
+        index = (torch.arange(case.Nq)[:, None] * 5 + torch.arange(case.Nmax) * 3) % 13
+        return Relative(randn(13, case.Hq, wide=True), index.to(randn(1).device))
+    if kind == "key":
+        return KeyBias(randn(case.B, 1, case.Nmax, wide=True))
+    return randn(1, case.Hq, case.Nq, case.Nmax, wide=kind == "wide")
 
 
 def _poison(call: dict[str, Any], new: int) -> None:
@@ -171,7 +220,7 @@ def _cost(case: Case, size: int) -> Cost:
     D, Dv, Hk, Nq, given = case.D, case.Dv or case.D, case.Hk or case.Hq, case.Nq, case.given or ""
     new = (case.Nnew or Nq) if "new" in given else 0
     totals = [n + new for n in case.lengths or (case.Nmax - new,) * case.B]
-    mask = case.mask or Full()
+    mask = (case.mask or Full()).band() or Full()
     mask = Causal() & mask if new or case.causal else mask
     left, right, left_top, right_top = mask.encode()[1:5]
     work = keys = 0
@@ -231,11 +280,14 @@ def _peers(q, k_cache, v_cache, lengths, mask=None, causal=False, scale=None, **
 
 
 _MASKS = (None, Causal(), Window(9, 0), Window(3, 5) & Causal("top-left"))
+_LAYOUT = torch.rand(4, 1, 9, generator=torch.Generator().manual_seed(2)) > 0.5
+_FORMULAS = (Prefix(4) | Window(20, 0), Dilated(40, 3) & Causal(), BlockSparse(_LAYOUT, 11))
 
 OP = Op(
     "attention_decode",
     forward="(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? block_table, Tensor? sinks,"
-    " Tensor? alibi_slopes, SymInt num_new, SymInt[] mask, float scale, float softcap, SymInt num_splits)"
+    " Tensor? alibi_slopes, Tensor? bias, Tensor? bias_index, Tensor? bias2, Tensor? bias2_index, Tensor? weight,"
+    " Tensor? weight_index, Tensor? visible, Tensor? blocks, SymInt num_new, SymInt[] mask, float scale, float softcap, SymInt num_splits)"
     " -> (Tensor o, Tensor lse)",
     backward="",
     fake=_fake,
@@ -245,11 +297,13 @@ OP = Op(
         "dtype": "q.dtype",
         "D": "q.shape[3]",
         "Dv": "v_cache.shape[3]",
+        "pairs": "bias is not None or weight is not None or len(mask) > 6 or mask[0] != 0",
     },
     reference=_reference,
     backends=(
         *cpu("attention_decode", takes("dtype", F32, BF16, F16), at_most("D", 1024), at_most("Dv", 1024)),
-        triton("decode", takes("dtype", F32, BF16, F16), at_most("D", 256), at_most("Dv", 256)),
+        triton("decode", takes("dtype", F32, BF16, F16), at_most("D", 256), at_most("Dv", 256),
+               takes("pairs", False)),
         reference(),
     ),
     cases=[
@@ -270,6 +324,13 @@ OP = Op(
         *(Case(B=2, Hq=4, Hk=1, Nq=1, Nmax=1400, D=64, lengths=(1399, 700), num_splits=n, given="sinks")
           for n in (None, 1, 5)),
         Case(B=2, Hq=8, Hk=2, Nq=3, Nmax=1300, D=128, lengths=(1290, 30), page=64, given="new", mask=Window(600, 0)),
+        *(Case(B=3, Hq=4, Hk=2, Nq=nq, Nmax=96, D=48, lengths=(40, 0, 90), given=given, mask=mask)
+          for nq, given in ((1, ""), (3, "new")) for mask in _FORMULAS),
+        *(Case(B=2, Hq=4, Hk=2, Nq=2, Nmax=150, D=64, lengths=(149, 60), terms=kind)
+          for kind in ("alibi+dense", "toeplitz", "relative", "key", "wide", "toeplitz+key")),
+        *(Case(B=2, Hq=4, Hk=2, Nq=2, Nmax=150, D=64, lengths=(148, 60), weight=kind, given="new sinks")
+          for kind in ("dense", "toeplitz")),
+        Case(B=2, Hq=8, Hk=2, Nq=1, Nmax=700, D=64, lengths=(699, 60), terms="key+toeplitz", visible=True, page=20, softcap=9.0),
         Case(B=2, Hq=2, Nq=3, Nmax=5, D=8, Nnew=2, lengths=(0, 3), given="new"),
         Case(B=1, Hq=2, Nq=5, Nmax=9, D=8, lengths=(2,), causal=True, given="sinks"),
         Case(B=0, Hq=2, Nq=1, Nmax=4, D=8),
@@ -302,11 +363,12 @@ def attention_decode(
     k_new: torch.Tensor | None = None,
     v_new: torch.Tensor | None = None,
     causal: bool = False,
-    mask: Mask | None = None,
+    mask: Mask | torch.Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     bias: Any = None,
+    weight: Any = None,
     return_lse: bool = False,
     num_splits: int | None = None,
     backend: str | None = None,
@@ -320,11 +382,14 @@ def attention_decode(
                  sequence b lies in page block_table[b, j // page_size]
     k_new, v_new [B, Hk, Nnew, D] and [B, Hk, Nnew, Dv] are first written into the caches, behind the others
     causal       short for ``mask=Causal() & mask``; implied by k_new.  Without either, all tokens are visible
-    mask         a value of ``fastattn.masks``, relative to each sequence's own length
+    mask         a value of ``fastattn.masks``, relative to each sequence's own length; or a bool tensor that
+                 broadcasts to [B, Hq, Nq, Nmax], True where i may attend to token j
     scale        of the logits; D ** -0.5 when None
     softcap      s becomes softcap * tanh(s / softcap)
     sinks        [Hq]: a logit of each head that is in the denominator only
-    bias         an ALiBi, or anything with ``slopes`` float32 [Hq]: adds -slope * |position of i - j|
+    bias         an ALiBi, or anything with ``slopes`` float32 [Hq]: adds -slope * |position of i - j|; or as in
+                 ``attention``, where Nk is Nmax, tables by offset count from each query's own position, and a list adds
+    weight       multiplies p, which is not normalised again: a float tensor, ``Toeplitz`` or ``Relative``
     return_lse   also give lse [B, Hq, Nq], the natural log of the softmax denominator
     num_splits   parts into which each sequence's tokens are divided among threads; None: by its length alone
     backend      None: the first that accepts; a name: that one, or an error that says why not
@@ -365,14 +430,24 @@ def attention_decode(
         )
     if sinks is not None:
         sinks = _per_head("sinks", sinks, Hq, q)
-    slopes = None
-    if bias is not None:
-        slopes = getattr(bias, "slopes", None)
-        if not isinstance(slopes, torch.Tensor):
-            raise ValueError(
-                f"attention_decode: bias is {type(bias).__name__}; it takes an object with slopes [Hq], or None"
-            )
-        slopes = _per_head("bias.slopes", slopes.to(q.device), Hq, q)
+    sizes = (
+        B,
+        Hq,
+        Nq,
+        -max(_capacity(k_cache, block_table), 1),
+    )  # tokens: each sequence has its own number
+    slopes, added = None, (Term(None), Term(None))  # type: ignore[arg-type]
+    if isinstance(getattr(bias, "slopes", None), torch.Tensor):
+        slopes = _per_head("bias.slopes", bias.slopes.to(q.device), Hq, q)
+    elif bias is not None:
+        parts = terms("attention_decode", "bias", bias, sizes, q.dtype)
+        added = (*parts, Term(None))[:2]  # type: ignore[arg-type,assignment]
+    if isinstance(weight, (list, tuple, ALiBi, KeyBias)):
+        raise ValueError(
+            f"attention_decode: weight is {type(weight).__name__}; it takes a float tensor, Toeplitz or Relative"
+        )
+    factors = terms("attention_decode", "weight", weight, sizes, q.dtype)
+    factor = factors[0] if factors else Term(None)  # type: ignore[arg-type]
     if torch.is_grad_enabled():
         _refuse_gradients(
             q=q,
@@ -381,10 +456,14 @@ def attention_decode(
             k_new=k_new,
             v_new=v_new,
             sinks=sinks,
-            bias=slopes,
+            bias=slopes if added[0].values is None else added[0].values,
+            weight=factor.values,
         )
     backend = PROCESS.backend("attention_decode", backend)
-    code = _encoded(mask, causal, is_new)
+    visible = None
+    if isinstance(mask, torch.Tensor) and mask.dtype is torch.bool:
+        visible, mask = _broadcast(mask, (B, Hq, Nq, _capacity(k_cache, block_table)), q), Dense()
+    code, blocks = _encoded(mask, causal, is_new, Hq)
     cap = 0.0 if softcap is None else number("attention_decode", "softcap", softcap)
     if softcap is not None and not 0.0 < cap < float("inf"):
         raise ValueError(f"attention_decode: softcap is {softcap}; it takes a number > 0, or None")
@@ -411,6 +490,9 @@ def attention_decode(
         block_table,
         sinks,
         slopes,
+        *(t for term in (*added, factor) for t in (term.values, term.index)),
+        visible,
+        None if blocks is None else blocks.to(q.device),
         new,
         code,
         scale,
@@ -424,22 +506,37 @@ def attention_decode(
 # ---- Refusals -------------------------------------------------------------------------------------------
 
 
-def _encoded(mask: Any, causal: Any, is_new: bool) -> list[int]:
+def _encoded(
+    mask: Any, causal: Any, is_new: bool, Hq: int
+) -> tuple[list[int], torch.Tensor | None]:
     if causal is not True and causal is not False:
         raise ValueError(f"attention_decode: causal is {causal!r}; it takes True or False")
-    causal = causal or is_new
-    if mask is None:
-        return CAUSAL if causal else FULL
+    mask = Full() if mask is None else mask
     if not isinstance(mask, Mask):
         raise ValueError(
-            f"attention_decode: mask is {type(mask).__name__}; it takes a value of fastattn.masks or None"
+            f"attention_decode: mask is {described(mask)}; it takes a value of fastattn.masks, a bool tensor or None"
         )
-    mask = Causal() & mask if causal else mask
-    if mask.band() is None:
+    code, blocks = lowered(Causal() & mask if causal or is_new else mask)
+    for H in heads(code) if blocks is not None else ():
+        if H not in (1, Hq):
+            raise ValueError(
+                f"attention_decode: mask has a layout of {H} heads; Hq is {Hq}, and it takes 1 or Hq"
+            )
+    return code, blocks
+
+
+def _broadcast(mask: torch.Tensor, sizes: tuple[int, ...], q: torch.Tensor) -> torch.Tensor:
+    wide = mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
+    if (
+        mask.dim() > 4
+        or mask.device != q.device
+        or any(n not in (1, size) for n, size in zip(wide.shape, sizes))
+    ):
         raise ValueError(
-            f"attention_decode: mask is {mask}; it takes Full, Causal, Window and what & makes of them"
+            f"attention_decode: mask is {described(mask)}; with q {described(q)} it must broadcast to "
+            f"[B, Hq, Nq, Nmax] = {list(sizes)}"
         )
-    return mask.encode()
+    return wide
 
 
 def _check_integers(name: str, t: Any, shape: tuple[int | None, ...], q: torch.Tensor) -> None:

@@ -21,8 +21,10 @@
 
 #include "csrc/cpu/simd.h"
 
+#include "csrc/core/philox.h"
 #include "csrc/cpu/gemm.h"
 #include "csrc/cpu/pack.h"
+#include "csrc/cpu/terms.h"
 
 #include "kernels/decode/cpu.h"
 
@@ -44,11 +46,35 @@ FASTATTN_INLINE vf hyperbolic_tangent(vf x) {
   return select(size < 0.625f, near, select(x < 0.0f, -far, far)) + (x - x);
 }
 
+// What single pairs of a query head say beside the products.
+struct Pairs {
+  Formula mask;
+  Lookup bias[2], weight;
+
+  // W numbers of the query i from key j on; zeros from `end`.
+  static vf numbers(const Lookup& x, int i, int j, int end) {
+    const int64_t n = std::min(end - j, W);
+    if (n <= 0) return vf{};
+    if (x.dtype == DType::f32) return x.along_keys<float>(i, j, n);
+    return x.dtype == DType::bf16 ? x.along_keys<bf16>(i, j, n) : x.along_keys<f16>(i, j, n);
+  }
+  vf logits(vf x, int i, int j, int end) const {
+    for (const Lookup& b : bias)
+      if (b.is_given()) x += numbers(b, i, j, end);
+    int32_t shown[W];
+    for (int lane = 0; lane < W; ++lane)
+      shown[lane] = -static_cast<int>(j + lane < end && mask.visible(i, j + lane));
+    return select(load_as<vi>(shown), x, splat(-kInf));
+  }
+};
+
 // What a dot product becomes before the softmax: natural logits.
 struct Logits {
   float scale, softcap, slope;
   Band mask;
   int i, position;  // of the query: among the queries, and in the sequence
+  const Pairs*
+      pairs;  // of calls with a bias, a weight, or a mask that is no band; then `mask` shows all
 
   FASTATTN_INLINE vf operator()(vf dot, int j, int end, bool partial) const {
     vf x = dot * scale;
@@ -58,6 +84,7 @@ struct Logits {
       const vi far = key - position;
       x -= __builtin_convertvector(far < 0 ? -far : far, vf) * slope;
     }
+    if (pairs) x = pairs->logits(x, i, j, end);
     if (partial) {
       const vi off = key - i;
       x = select((off >= mask.lo) & (off <= mask.hi) & (key < end), x, splat(-kInf));
@@ -99,8 +126,10 @@ void softmax(float* s, float* m, float* o, int64_t width, const Logits& logits, 
   const vf origin = splat(now == -kInf ? 0.0f : now);  // where all is hidden, any number
   vf total{};
   for (int j = 0; j < kBlock; j += W) {
-    const vf p = exponential(load(s + j) - origin);
+    vf p = exponential(load(s + j) - origin);
     total += p;
+    if (logits.pairs && logits.pairs->weight.is_given())
+      p *= Pairs::numbers(logits.pairs->weight, logits.i, j0 + j, j0 + n);
     if constexpr (Values<T>::kPack == 2)
       store(reinterpret_cast<bf16*>(s) + j, p);
     else
@@ -121,6 +150,8 @@ struct Decode {
   Room room;
   Integers lengths;
   const float *sinks, *slopes;
+  Term bias[2], weight;
+  MaskTensors tensors;
   int64_t num_new;
   Ints mask;
   float scale, softcap;
@@ -144,15 +175,28 @@ struct Decode {
   std::atomic<int32_t>* waits =
       nullptr;              // for each head of each sequence: splits that are not done
   float* states = nullptr;  // for each split R rows of o [width], l and m
+  static constexpr int64_t kPairs = (sizeof(Pairs) + 63) / 64 * 16;  // floats
   int64_t num_splits_in_all = 0, run = 1;  // so many splits in a row are a task
+
+  static constexpr int64_t kAll[] = {1 << 30, 1 << 30, 1 << 30, 1 << 30};
+  bool is_plain() const {
+    return is_band(mask) && bias[0].form == Form::none && weight.form == Form::none;
+  }
+  Pairs pairs(const Sequence& seq, int64_t b, int64_t h) const {
+    const int64_t N = seq.tokens;
+    return {Formula(mask, Nq, N, tensors, b, h),
+            {bias[0].at("bias", b, h, Nq, N), bias[1].at("bias2", b, h, Nq, N)},
+            weight.at("weight", b, h, Nq, N)};
+  }
 
   Sequence sequence(int64_t b, int64_t index) const {
     const int64_t tokens = lengths[b] + num_new;
-    const Band band(mask.subspan(1), Nq, tokens);
+    const Band band = is_plain() ? Band(mask.subspan(1), Nq, tokens) : Band(kAll, Nq, tokens);
     const int64_t size =
         num_splits ? up(std::max<int64_t>((tokens + num_splits - 1) / num_splits, 1), kBlock)
                    : kSplit;
     Range keys = band.keys(0, Nq);
+    if (!is_plain()) keys = Formula(mask, Nq, tokens, tensors, b, 0).keys(0, Nq);
     if (keys.empty()) keys = {0, 0};
     const int64_t first = keys.begin / size;
     return {band, keys,  tokens,
@@ -184,6 +228,7 @@ struct Decode {
   // This thread's memory: q as `scores` reads it, a block's logits, m of each row, a block's keys as float.
   struct Own {
     float *qs, *s, *m, *copy;
+    Pairs* pairs;  // of each query head
     const T *k_rows[2][kBlock], *v_rows[kBlock + 1];
     int now = 0;  // which k_rows are this block's
   };
@@ -191,12 +236,14 @@ struct Decode {
   // The splits [first, last), one after another.  Keys are multiplied as numbers of type S, float after a copy.
   template <class S>
   void walk(int64_t first, int64_t last) const {
-    Carver carver{static_cast<float*>(scratch(4 * ((quads * kQuad + 2) * words + R * kBlock +
-                                                   kQuad * kBlock + R + W + kBlock * words + 64)))};
+    Carver carver{
+        static_cast<float*>(scratch(4 * ((quads * kQuad + 2) * words + R * kBlock + kQuad * kBlock +
+                                         R + W + kBlock * words + 64 + kPairs * group)))};
     Own own{carver.take((quads * kQuad + 2) * words),
             carver.take((R + kQuad) * kBlock),
             carver.take(R),
             carver.take(std::is_same_v<S, T> ? 0 : kBlock * words),
+            reinterpret_cast<Pairs*>(carver.take(kPairs * group)),
             {},
             {}};
     Split at = split(first), before{-1, -1, 0, 0, 0};
@@ -206,7 +253,12 @@ struct Decode {
           fetch(own.k_rows[0][j] + d);
     for (int64_t index = first; index < last; ++index) {
       const Split next = index + 1 < last ? split(index + 1) : Split{0, 0, 0, 0, 0};
-      if (at.b != before.b || at.h != before.h) pack<S>(own.qs, at.b, at.h);
+      if (at.b != before.b || at.h != before.h) {
+        pack<S>(own.qs, at.b, at.h);
+        if (!is_plain())
+          for (int64_t g = 0; g < group; ++g)
+            ::new (own.pairs + g) Pairs(pairs(sequences[at.b], at.b, at.h * group + g));
+      }
       float* const state = states + index * R * state_size;
       absorb<S>(own, state, at, next);
       if (waits[at.b * Hk + at.h].fetch_sub(1, std::memory_order_acq_rel) == 1)
@@ -261,8 +313,13 @@ struct Decode {
         if (is_next)
           for (int64_t key = r * kBlock / R; key < (r + 1) * kBlock / R; ++key)
             fetch(next_rows[key]);
-        const Logits logits{scale,    softcap, slopes ? slopes[at.h * group + r / Nq] : 0.0f,
-                            seq.mask, i,       static_cast<int>(seq.tokens - Nq) + i};
+        const Logits logits{scale,
+                            softcap,
+                            slopes ? slopes[at.h * group + r / Nq] : 0.0f,
+                            seq.mask,
+                            i,
+                            static_cast<int>(seq.tokens - Nq) + i,
+                            is_plain() ? nullptr : own.pairs + r / Nq};
         softmax<T>(s + r * kBlock, own.m + r, state + r * state_size, width, logits,
                    static_cast<int>(j), n, partial);
       }
@@ -369,6 +426,7 @@ const float* per_head(const char* what, const std::optional<Tensor>& t, int64_t 
 struct DecodeOf {
   Tensor o, lse, q, k, v, lengths;
   const std::optional<Tensor>&table, &sinks, &slopes;
+  const DecodeTerms& terms;
   int64_t num_new;
   Ints mask;
   float scale, softcap;
@@ -383,33 +441,37 @@ struct DecodeOf {
                    kWidest);
     FASTATTN_CHECK(Hq == Hk || (Hk > 0 && Hq % Hk == 0), "Hq is ", Hq, " and Hk is ", Hk,
                    "; Hq must be a multiple of Hk");
-    FASTATTN_CHECK(is_band(mask), "mask has kind ", mask.empty() ? -1 : mask[0], " and ",
-                   mask.size(), " numbers; it takes a band, 0 and 5 numbers");
+    const auto& [bias, bias_index, bias2, bias2_index, weight, weight_index, visible, blocks] =
+        terms;
     FASTATTN_CHECK(num_splits >= 0, "num_splits is ", num_splits, "; it takes 0 or more");
     const int64_t outer = table ? room.pages : B;
-    Decode<T> f{View<T, 4>("o", o, {B, Hq, Nq, Dv}),
-                View<float, 3>("lse", lse, {B, Hq, Nq}),
-                View<const T, 4>("q", q, {B, Hq, Nq, D}),
-                table ? View<const T, 4>("k_cache", k, {outer, room.page_size, Hk, D})
-                      : View<const T, 4>("k_cache", k, {outer, Hk, room.page_size, D}),
-                table ? View<const T, 4>("v_cache", v, {outer, room.page_size, Hk, Dv})
-                      : View<const T, 4>("v_cache", v, {outer, Hk, room.page_size, Dv}),
-                room,
-                Integers(lengths),
-                per_head("sinks", sinks, Hq),
-                per_head("alibi_slopes", slopes, Hq),
-                num_new,
-                mask,
-                scale,
-                softcap,
-                num_splits,
-                B,
-                Hq,
-                Hk,
-                Hq / std::max<int64_t>(Hk, 1),
-                Nq,
-                D,
-                Dv};
+    Decode<T> f{
+        View<T, 4>("o", o, {B, Hq, Nq, Dv}),
+        View<float, 3>("lse", lse, {B, Hq, Nq}),
+        View<const T, 4>("q", q, {B, Hq, Nq, D}),
+        table ? View<const T, 4>("k_cache", k, {outer, room.page_size, Hk, D})
+              : View<const T, 4>("k_cache", k, {outer, Hk, room.page_size, D}),
+        table ? View<const T, 4>("v_cache", v, {outer, room.page_size, Hk, Dv})
+              : View<const T, 4>("v_cache", v, {outer, Hk, room.page_size, Dv}),
+        room,
+        Integers(lengths),
+        per_head("sinks", sinks, Hq),
+        per_head("alibi_slopes", slopes, Hq),
+        {Term("bias", bias, bias_index, B, Hq, B), Term("bias2", bias2, bias2_index, B, Hq, B)},
+        Term("weight", weight, weight_index, B, Hq, B),
+        MaskTensors::of(visible, blocks),
+        num_new,
+        mask,
+        scale,
+        softcap,
+        num_splits,
+        B,
+        Hq,
+        Hk,
+        Hq / std::max<int64_t>(Hk, 1),
+        Nq,
+        D,
+        Dv};
     room.check(lengths, num_new, B);
     if (B * Hk * f.R == 0) return;
     int64_t total = 0;
@@ -439,8 +501,8 @@ struct DecodeOf {
 void attention_decode_fwd(Tensor o, Tensor lse, Tensor q, Tensor k_cache, Tensor v_cache,
                           Tensor lengths, std::optional<Tensor> block_table,
                           std::optional<Tensor> sinks, std::optional<Tensor> alibi_slopes,
-                          int64_t num_new, Ints mask, double scale, double softcap,
-                          int64_t num_splits) {
+                          DecodeTerms terms, int64_t num_new, Ints mask, double scale,
+                          double softcap, int64_t num_splits) {
   FASTATTN_CHECK(q.ndim == 4 && k_cache.ndim == 4 && v_cache.ndim == 4, "q, k_cache, v_cache are ",
                  text(q), ", ", text(k_cache), ", ", text(v_cache), "; they take 4 axes");
   const DecodeOf run{o,
@@ -452,6 +514,7 @@ void attention_decode_fwd(Tensor o, Tensor lse, Tensor q, Tensor k_cache, Tensor
                      block_table,
                      sinks,
                      alibi_slopes,
+                     terms,
                      num_new,
                      mask,
                      static_cast<float>(scale),

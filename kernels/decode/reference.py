@@ -3,18 +3,18 @@
 import torch
 
 
-def forward(q, k_cache, v_cache, block_table, visible, bias, scale, softcap, sinks):
+def forward(q, k_cache, v_cache, block_table, visible, bias, scale, softcap, sinks, weight=None):
     """o_i = sum_j p_ij v_j with p_ij = exp(s_ij) / (sum_j exp(s_ij) + exp(sink)) over the keys visible to i.
 
     q [B, Hq, Nq, D]; caches [B, Hk, Nmax, D] and [B, Hk, Nmax, Dv], or with block_table [B, pages of a sequence]
-    of page numbers [pages, page_size, Hk, D] and [pages, page_size, Hk, Dv]; visible bool [B, Nq, Nmax], false
-    past a sequence's length; bias [B, Hq, Nq, Nmax] or None; sinks [Hq] or None
+    of page numbers [pages, page_size, Hk, D] and [pages, page_size, Hk, Dv]; visible bool [B, 1 or Hq, Nq, Nmax],
+    false past a sequence's length; bias and weight, by which p is multiplied, [B, Hq, Nq, Nmax] or None; sinks [Hq] or None
     -> o [B, Hq, Nq, Dv], lse [B, Hq, Nq] (natural log of the denominator, at least float32).
     What is not visible may be NaN.  A row that sees no key gives o = 0, and lse = its sink or -inf.
     """
     if block_table is not None:
         k_cache, v_cache = (_gathered(cache, block_table) for cache in (k_cache, v_cache))
-    used = visible.any(1)[:, None, :, None]  # [B, 1, Nmax, 1]
+    used = visible.any(2).any(1)[:, None, :, None]  # [B, 1, Nmax, 1]
     group = q.shape[1] // max(k_cache.shape[1], 1)
     k = k_cache.masked_fill(~used, 0.0).repeat_interleave(group, dim=1)  # [B, Hq, Nmax, D]
     v = v_cache.masked_fill(~used, 0.0).repeat_interleave(group, dim=1)  # [B, Hq, Nmax, Dv]
@@ -24,13 +24,14 @@ def forward(q, k_cache, v_cache, block_table, visible, bias, scale, softcap, sin
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:
         s = s + bias
-    s = s.masked_fill(~visible[:, None], float("-inf"))
+    s = s.masked_fill(~visible, float("-inf"))
     B, Hq, Nq, _ = s.shape
     sink = s.new_full((Hq,), float("-inf")) if sinks is None else sinks.to(s.dtype)
     s = torch.cat([s, sink[:, None, None].expand(B, Hq, Nq, 1)], -1)  # one logit without a value
     # A row of -inf alone would be NaN: give it finite logits, then zero weights.
     empty = (s == float("-inf")).all(-1, keepdim=True)
     p = s.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)[..., :-1]
+    p = p if weight is None else p * weight
     o = p.to(v.dtype) @ v  # [B, Hq, Nq, Dv]
     lse = s.masked_fill(empty, 0.0).logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
     return o, lse

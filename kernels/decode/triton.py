@@ -317,8 +317,11 @@ def _room(k_cache, lengths, table, num_new):
 
 
 def forward(
-    o, lse, q, k_cache, v_cache, lengths, block_table, sinks, alibi_slopes, num_new, mask, scale, softcap, num_splits
+    o, lse, q, k_cache, v_cache, lengths, block_table, sinks, alibi_slopes, *more
 ):  # fmt: skip
+    num_new, mask, scale, softcap, num_splits = more[
+        -5:
+    ]  # before them, what the row's limits refuse
     B, Hq, Nq, D = q.shape
     Hk, DV = k_cache.shape[1 if block_table is None else 2], v_cache.shape[3]
     if B * Hq * Nq == 0:
