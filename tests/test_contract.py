@@ -309,7 +309,7 @@ def logits(known):
 def is_plain(known):
     return (
         all(known[name] is None for name in ("bias", "weight", "sinks", "heads", "slots_q"))
-        and known["numbers"][1:] == PLAIN
+        and tuple(known["numbers"][1:]) == PLAIN
     )
 
 

@@ -100,6 +100,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[int, int], Tensors]]] = {
         lambda Nq, Nk: cached(Nq, Nk) | {"b": torch.randn(1, 4, 1, Nk + 8)}),
 }  # fmt: skip
 BY_NAME = pytest.mark.parametrize("call", CALLS)
+SLOWLY = pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch 2.4 says so
 
 
 def flat(found: Any) -> tuple[torch.Tensor, ...]:
@@ -156,6 +157,7 @@ def test_autocast(call, low):
 
 
 @BY_NAME
+@SLOWLY
 def test_vmap(call):
     """Over a new axis of q alone, and of every float tensor; with gradients."""
     function, make = CALLS[call]
@@ -176,6 +178,7 @@ def test_vmap(call):
 
 
 @BY_NAME
+@SLOWLY
 def test_gradients_a_sample(call):
     """vmap of grad, which privacy and meta-learning use."""
     if call.startswith("decode"):

@@ -10,10 +10,15 @@ from typing import Any
 import torch
 
 from fastattn.backends import at_most, cpu, reference, takes, triton
-from fastattn.checks import Axes, number, unit_stride
+from fastattn.checks import Axes, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.attention import definition
-from fastattn.kernels.attention.arguments import mask_code, optional_arguments, sequence_ends
+from fastattn.kernels.attention.arguments import (
+    mask_code,
+    optional_arguments,
+    scale_of,
+    sequence_ends,
+)
 from fastattn.kernels.attention.cases import BENCH, CASES, cost, make, peers
 from fastattn.masks import UNBOUNDED, Mask
 from fastattn.op import Op, autocast
@@ -219,7 +224,7 @@ def attention(
     >>> fa.attention(q, k, v, bias=fa.bias.ALiBi(torch.tensor([0.5, 0.25]))).shape
     torch.Size([1, 2, 5, 8])
     """
-    if getattr(q, "is_nested", False):
+    if _is_nested(q):
         options = {
             "mask": mask, "bias": bias, "causal": causal, "scale": scale, "softcap": softcap, "sinks": sinks,
             "clip": clip, "weight": weight, "head_map": head_map, "dropout": dropout, "seed": seed,
@@ -236,7 +241,7 @@ def attention(
         )
     if causal is not True and causal is not False:
         raise ValueError(f"attention: causal is {causal!r}; it takes True or False")
-    scale = (D or 1) ** -0.5 if scale is None else number("attention", "scale", scale)
+    scale = scale_of("attention", scale, D)
     if (
         bias is softcap is sinks is clip is weight is head_map is None
         and dropout == 0.0
@@ -245,7 +250,7 @@ def attention(
         (code, blocks), extras, numbers = (
             mask_code("attention", mask, causal, Hq),
             NO_EXTRAS,
-            (scale, *PLAIN),
+            [scale, *PLAIN],
         )
         if blocks is not None:
             extras = (*NO_EXTRAS[:8], blocks.to(q.device), *NO_EXTRAS[9:])
@@ -322,7 +327,7 @@ def attention_varlen(
             f"attention_varlen: cu_seqlens_q is {list(cu_q.shape)} for {Tq} queries and cu_seqlens_k "
             f"{list(cu_k.shape)} for {Tk} keys; they name the same sequences"
         )
-    scale = (D or 1) ** -0.5 if scale is None else number("attention_varlen", "scale", scale)
+    scale = scale_of("attention_varlen", scale, D)
     extras, code, numbers = optional_arguments(
         "attention_varlen", q, (cu_q.shape[0] - 1, Hq, -max(Tq, 1), -max(Tk, 1)), Hk, mask, causal, scale, softcap,
         bias, sinks, clip, weight, head_map, dropout, seed, cu_q, cu_k,
@@ -336,6 +341,13 @@ def attention_varlen(
     )
     o = o[0].transpose(0, 1)
     return (o, lse[0].transpose(0, 1)) if return_lse else o
+
+
+def _is_nested(t: Any) -> bool:
+    """Compiled code of torch 2.4 may ask for the layout alone."""
+    return isinstance(t, torch.Tensor) and (
+        t.layout is torch.jagged or (not torch.compiler.is_compiling() and t.is_nested)
+    )
 
 
 def _nested(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Any:

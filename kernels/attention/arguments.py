@@ -15,6 +15,11 @@ FULL = lowered(Full())
 CAUSAL = lowered(Causal())
 
 
+def scale_of(function: str, scale: Any, D: int) -> float:
+    """D ** -0.5 where nothing is given; a number of Python's, also while torch.compile counts in symbols."""
+    return float(int(D) or 1) ** -0.5 if scale is None else number(function, "scale", scale)
+
+
 def mask_code(
     function: str, mask: Any, causal: bool, Hq: int
 ) -> tuple[list[int], torch.Tensor | None]:
@@ -43,7 +48,7 @@ def optional_arguments(
     cu_q: torch.Tensor | None = None, cu_k: torch.Tensor | None = None,
     slots_q: torch.Tensor | None = None, slots_k: torch.Tensor | None = None,
     pairs: tuple[int, int, int, int] | None = None,
-) -> tuple[Sequence[Any], list[int], tuple[float, ...]]:  # fmt: skip
+) -> tuple[Sequence[Any], list[int], list[float]]:  # fmt: skip
     """The op's arguments between v and the end, checked: ``sizes`` are B, Hq, Nq, Nk; ``pairs`` those of biases if others."""
     Hq = sizes[1]
     visible = None
@@ -79,7 +84,7 @@ def optional_arguments(
             raise ValueError(
                 f"{function}: {name} is on {t.device} and q on {q.device}; they must share one device"
             )
-    return extras, code, (scale, softcap, low, high, dropout, 0.0, 0.0)
+    return extras, code, [scale, softcap, low, high, dropout, 0.0, 0.0]
 
 
 def _broadcasts(

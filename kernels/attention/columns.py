@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from fastattn.checks import Axes, number, unit_stride
+from fastattn.checks import Axes, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.attention.api import OP
-from fastattn.kernels.attention.arguments import optional_arguments
+from fastattn.kernels.attention.arguments import optional_arguments, scale_of
 from fastattn.masks import Mask
 from fastattn.op import autocast
 
@@ -72,7 +72,7 @@ def _transposed(
     backend: str | None, **options: Any,
 ) -> torch.Tensor:  # fmt: skip
     B, Hq, Nq, D = q.shape
-    scale = (D or 1) ** -0.5 if scale is None else number(function, "scale", scale)
+    scale = scale_of(function, scale, D)
     names = ("softcap", "bias", "sinks", "clip", "weight", "head_map")
     extras, code, numbers = optional_arguments(
         function, q, (B, Hq, Nq, k.shape[2]), k.shape[1], mask, causal, scale,

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from fastattn.checks import number, unit_stride
+from fastattn.checks import unit_stride
 from fastattn.choice import PROCESS
 from fastattn.groups import Groups
 from fastattn.kernels.attention.api import OP, Axes
-from fastattn.kernels.attention.arguments import optional_arguments
+from fastattn.kernels.attention.arguments import optional_arguments, scale_of
 from fastattn.masks import Mask
 from fastattn.op import autocast
 
@@ -80,7 +80,7 @@ def grouped_attention(
         raise ValueError(
             f'grouped_attention: return_lse is True and combine is {combine!r}; it takes combine="only"'
         )
-    scale = (D or 1) ** -0.5 if scale is None else number("grouped_attention", "scale", scale)
+    scale = scale_of("grouped_attention", scale, D)
     sizes = (B, Hq, Nq, Nk)
     of_slots = (-1, Hq, groups.size, of_keys.size)
     extras, code, numbers = optional_arguments(
@@ -102,7 +102,7 @@ def grouped_attention(
         unit_stride(v),
         *extras,
         code,
-        (*numbers[:5], float(by_slot), numbers[6]),
+        [*numbers[:5], float(by_slot), numbers[6]],
         backend=PROCESS.backend("attention", backend),
     )
     token = groups.slots[:, :, 0].long()

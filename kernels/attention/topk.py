@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from fastattn.checks import Axes, number, unit_stride
+from fastattn.checks import Axes, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.attention.api import OP, TOPK
-from fastattn.kernels.attention.arguments import optional_arguments
+from fastattn.kernels.attention.arguments import optional_arguments, scale_of
 from fastattn.masks import Mask
 from fastattn.op import autocast
 
@@ -62,7 +62,7 @@ def topk_attention(
         count = 0
     if count < 1:
         raise ValueError(f"topk_attention: topk is {topk!r}; it takes an integer >= 1")
-    scale = (D or 1) ** -0.5 if scale is None else number("topk_attention", "scale", scale)
+    scale = scale_of("topk_attention", scale, D)
     extras, code, numbers = optional_arguments(
         "topk_attention", q, (B, Hq, Nq, Nk), Hk, mask, causal, scale, softcap, bias, sinks, clip, weight, head_map,
         dropout, seed,
@@ -73,7 +73,7 @@ def topk_attention(
         unit_stride(v),
         *extras,
         code,
-        (*numbers[:TOPK], float(count)),
+        [*numbers[:TOPK], float(count)],
         backend=PROCESS.backend("attention", backend),
     )
     return (o, lse) if return_lse else o
