@@ -108,11 +108,11 @@ def look_back(decode, dtype, D, page_size=None, Hk=8, Nq=1) -> None:
     lengths, lse = torch.zeros(2, dtype=torch.int32), torch.empty(2, 32, Nq)
     table = torch.zeros(2, 1024 // page_size, dtype=torch.int32) if page_size else None
     per_head = torch.zeros(32) if page_size else None
-    mask, softcap = [0, 1 << 30, 0, 1 << 30, 1 << 30], 30.0 if page_size else 0.0
+    softcap = 30.0 if page_size else 0.0
     if page_size:
         decode.append(k, v, new, new, lengths, table)
     decode.forward(
-        o, lse, q, k, v, lengths, table, per_head, per_head, 1, mask, D**-0.5, softcap, 0
+        o, lse, q, k, v, lengths, table, per_head, per_head, 1, BAND, D**-0.5, softcap, 0
     )
 
 
@@ -163,8 +163,9 @@ def compile_all(say: Callable[[dict], None]) -> None:
     def compile_only(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         tile = {n: options[n] for n in ("num_warps", "num_stages") if n in options}
-        for how in (a for a in args if hasattr(a, "size") and hasattr(a, "mask")):
-            tile |= {"BM": how.size.BM.value, "BN": how.size.BN.value}
+        sizes = [a.size for a in args if hasattr(a, "size") and hasattr(a, "mask")]
+        for size in (*sizes, *(a for a in args if hasattr(a, "SPLIT"))):
+            tile |= {"BM": size.BM.value, "BN": size.BN.value}
         found.append((self.__name__, tile, kernel))
 
     JITFunction.run = compile_only

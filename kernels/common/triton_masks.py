@@ -303,13 +303,6 @@ def _limits(mask, Nq, Nk):
 
 
 @triton.jit
-def band_of(bounds, Nq, Nk):
-    """The band of a sequence whose length only the kernel knows, its limits found once."""
-    lo, hi = _limits(bounds, Nq, Nk)
-    return Band(lo, hi, BAND)
-
-
-@triton.jit
 def _layout(mask, place, bi, bj):
     """The layout at rows bi [n, 1] or [1, n] of blocks and columns bj the other way; 0 outside."""
     p_head = mask.p + tl.cast(place.h, tl.int64) * mask.stride_h

@@ -18,14 +18,14 @@ or registers (AMD).               from: Triton 3.7.1, compared by tests/test_com
     16 bits  sm_90 (H100)         sm_100   sm_80, other sm      gfx942 (MI300)
              tile        reg spl  reg spl  tile        reg spl  tile        reg spl
     64       16x128/4/3  143   0  144   0  16x128/4/2  128   0  16x64/4/2   113   0
-    128      16x64/4/3   128   0  143   0  16x64/4/2   128   0  16x64/4/1   143   0
+    128      16x64/4/3   114   0  116   0  16x64/4/2   128   0  16x64/4/1   143   0
     256      16x64/4/2   166   0  168   0  16x32/4/2   168   0  16x32/4/1   142   0
 
     32 bits  NVIDIA (sm_90 read)  gfx942 (MI300)
              tile        reg spl  tile        reg spl
     64       16x64/4/2    80   0  16x64/4/1   146   0
     128      16x32/8/2    80   0  16x32/4/1   170   0
-    256      16x32/8/1   125   0  16x16/4/1   184   0
+    256      16x32/8/1   106   0  16x16/4/1   184   0
 
 Measured: not yet run on a GPU; results are checked in Triton's interpreter, code by reading it.
 Not done, for want of a GPU to measure on: splits of a size that fits the GPU, one launch for short sequences.
@@ -171,11 +171,10 @@ def decode_split(parts, stats, q, k, v, room, bounds, score, size, Hk, group, Nq
     h = tl.program_id(0) // num_splits // num_tiles % Hk
     b = tl.program_id(0) // num_splits // num_tiles // Hk
     n = _tokens(room, b)
-    mask = masks.band_of(bounds, Nq, n)
     place = Place(b, h, Nq, n)
     r = tile * size.BM + tl.arange(0, size.BM)  # [BM]
     i = r % Nq
-    some = masks.keys(mask, 0, Nq, Nq, n)
+    some = masks.keys(bounds, 0, Nq, Nq, n)
     begin = tl.maximum(some[0] // size.BN * size.BN, split * size.SPLIT)
     end = tl.minimum(some[1], (split + 1) * size.SPLIT)
     if begin >= end:
@@ -202,7 +201,7 @@ def decode_split(parts, stats, q, k, v, room, bounds, score, size, Hk, group, Nq
         v_tile = _load(v, room, b, h, j, n, size.DV, size.BDV)  # [BN, BDV]
         s = dot(q_tile, tl.trans(k_tile), tl.zeros([size.BM, size.BN], tl.float32))  # [BM, BN]
         x = _logits(score, s, slope[:, None], (n - Nq + i)[:, None] - j[None, :]) * unit
-        is_seen = masks.visible(mask, place, i[:, None], j[None, :]) & (j < end)[None, :]
+        is_seen = masks.visible(bounds, place, i[:, None], j[None, :]) & (j < end)[None, :]
         x = tl.where(is_seen, x, float("-inf"))
         p, rescale, m, l = softmax.absorb(x, 1.0, m, l, NARROW, True)
         acc = dot(narrow(p, v_tile.dtype), v_tile, acc * rescale[:, None])  # [BM, BDV]
@@ -222,8 +221,7 @@ def decode_merge(o, lse, parts, stats, room, bounds, sinks, size, Hq, Nq, num_sp
     h = tl.program_id(0) // Nq % Hq
     b = tl.program_id(0) // Nq // Hq
     n = _tokens(room, b)
-    mask = masks.band_of(bounds, Nq, n)
-    some = masks.keys(mask, 0, Nq, Nq, n)
+    some = masks.keys(bounds, 0, Nq, Nq, n)
     first = some[0] // size.SPLIT
     last = tl.where(some[1] > some[0], tl.cdiv(some[1], size.SPLIT), first)
     dv = tl.arange(0, size.BDV)
