@@ -131,6 +131,18 @@ def terms(
     return found
 
 
+def multiplier(
+    function: str, weight: Any, sizes: tuple[int, int, int, int], dtype: torch.dtype
+) -> Term:
+    """What multiplies p, or a term without values."""
+    if isinstance(weight, (list, tuple, ALiBi, KeyBias)):
+        raise ValueError(
+            f"{function}: weight is {type(weight).__name__}; it takes a float tensor, Toeplitz or Relative"
+        )
+    found = terms(function, "weight", weight, sizes, dtype)
+    return found[0] if found else Term(None)  # type: ignore[arg-type]
+
+
 def _term(
     function: str, name: str, given: Any, sizes: tuple[int, int, int, int], dtype: torch.dtype
 ) -> Term:

@@ -136,6 +136,11 @@ def given(value: Any) -> str:
     return repr(value) if isinstance(value, str) else reprlib.repr(value)
 
 
+def grouped_heads(function: str, Hq: int, Hk: int) -> None:
+    if Hq != Hk and (Hk == 0 or Hq % Hk):
+        raise ValueError(f"{function}: Hq is {Hq} and Hk is {Hk}; Hq must be a multiple of Hk")
+
+
 def shown(*values: Any) -> str:
     """dtypes and layouts as users type them: "float32, bfloat16"."""
     return ", ".join(str(value).removeprefix("torch.") for value in values)

@@ -38,6 +38,10 @@ class Groups:
         slots = _slots("index", index, self.is_regular)
         if labels is not None:
             of_slots = _slots("labels", labels, self.is_regular)
+            if any(a != b and 1 not in (a, b) for a, b in zip(slots.shape, of_slots.shape)):
+                raise ValueError(
+                    f"Groups: labels is {list(labels.shape)}; beside index {list(index.shape)} it takes its shape"
+                )
             slots = torch.cat(torch.broadcast_tensors(slots, of_slots), 2)  # type: ignore[no-untyped-call]
         if offsets is None:
             self.num, self.size = index.shape[-2:]
@@ -94,7 +98,7 @@ class Groups:
         shifts, steps = _sides("shift", shift, n), _sides("dilation", dilation, n)
         if stripes is None:
             return cls._windows([(sizes, sides, shifts, steps)], device)
-        if n != 2 or isinstance(stripes, bool) or stripes < 1:
+        if n != 2 or type(stripes) is not int or stripes < 1:
             raise ValueError(
                 f"Groups.windows: stripes is {stripes!r} and size has {n} axes; it takes a width >= 1, and two axes"
             )
@@ -137,11 +141,17 @@ def _cut(
 
 
 def _sides(name: str, given: int | Sequence[int], n: int | None) -> list[int]:
-    sides = [given] * (n or 1) if isinstance(given, int) else list(given)
+    sides = (
+        [given] * (n or 1)
+        if isinstance(given, int)
+        else [*given]
+        if isinstance(given, Sequence)
+        else []
+    )
     if (
         (n is not None and len(sides) != n)
         or not sides
-        or (name != "shift" and any(not isinstance(x, int) or x < 1 for x in sides))
+        or any(type(x) is not int or (name != "shift" and x < 1) for x in sides)
     ):
         raise ValueError(
             f"Groups.windows: {name} is {given!r}; it takes an integer"

@@ -326,9 +326,7 @@ class Op:
         again = eager and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if (again or is_differentiating()) and not self.recall:
             return TRANSFORMED(self.call_backward, keep_all, self._second, backend, *args)
-        plain = eager and all(
-            type(t) in PLAIN and not (t.is_neg() or t.is_meta or is_batched(t)) for t in tensors
-        )
+        plain = eager and all(is_simple(t) and not (t.is_meta or is_batched(t)) for t in tensors)
         run = self._backward if plain else self.op_backward
         return _tuple(run(*args, backend=backend))
 

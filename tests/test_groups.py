@@ -160,10 +160,15 @@ def test_the_same_bits_whatever_the_threads():
 
 REFUSED = {
     "a token in two groups": (lambda: fa.Groups(torch.tensor([[1, 2], [2, 3]])), {}, "is in two groups"),
-    "a token too many": (lambda: fa.Groups(torch.tensor([[1, 48]])), {}, "names token 48 of 48"),
+    "a token too many": (lambda: fa.Groups(torch.tensor([[1, 48]])), {}, "names token 48; it takes 0 to 47, or -1"),
     "a hole of another number": (lambda: fa.Groups(torch.tensor([[1, -2]])), {}, "names token -2"),
     "floats": (lambda: fa.Groups(torch.zeros(2, 2)), {}, "index is float32"),
     "three axes": (lambda: fa.Groups(torch.zeros(2, 2, 2, dtype=torch.int64)), {}, r"int64 \[2, 2, 2\]"),
+    "labels": (lambda: fa.Groups(torch.zeros(2, 3, dtype=torch.int64), labels=torch.zeros(2, 2, dtype=torch.int64)), {},
+               r"labels is \[2, 2\]; beside index \[2, 3\]"),
+    "stripes": (lambda: fa.Groups.windows((4, 4), stripes="2"), {}, "stripes is '2'"),
+    "a side that is no number": (lambda: fa.Groups.windows((4, 4), 2.5), {}, "window is 2.5; it takes an integer >= 1"),
+    "a shift that is no number": (lambda: fa.Groups.windows(4, 2, shift=(0.5,)), {}, r"shift is \(0.5,\); it takes an integer"),
     "offsets that fall": (
         lambda: fa.Groups(torch.arange(4), torch.tensor([0, 3, 2, 4])), {}, "must ascend from 0 to the 4 slots"),
     "heads": (lambda: fa.Groups(torch.zeros(1, 3, 1, 1, dtype=torch.int64)), {}, "3 heads; B is 2 and Hq is 4"),

@@ -5,6 +5,23 @@ namespace fastattn::cpu::FASTATTN_ISA {
 
 inline constexpr int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// How numbers of a type are multiplied.
+template <class T>
+struct MulOf {
+  using type = Fma;
+};
+#if FASTATTN_HAS_BF16DOT
+template <>
+struct MulOf<bf16> {
+  using type = Bf16Dot;
+};
+#endif
+
+struct Carver {  // hands out consecutive parts of this thread's scratch memory
+  float* next;
+  float* take(int64_t floats) { return std::exchange(next, next + up(floats, 16)); }
+};
+
 // One vector of 32-bit words from a row: floats, or bf16 pairs as they lie.  n counts numbers left in the row.
 template <class Mul, class T>
 FASTATTN_INLINE vf load_words(const T* p, int64_t n) {

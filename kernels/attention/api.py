@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastattn.backends import at_most, cpu, reference, takes, triton
-from fastattn.checks import Axes, unit_stride
+from fastattn.checks import Axes, grouped_heads, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.attention import definition
 from fastattn.kernels.attention.arguments import (
@@ -233,8 +233,8 @@ def attention(
         return _nested(q, k, v, options)
     q, k, v = autocast(q, k, v)
     B, Hq, Nq, D, Hk, Nk, Dv = AXES(q, k, v)
-    if head_map is None and Hq != Hk and (Hk == 0 or Hq % Hk):
-        raise ValueError(f"attention: Hq is {Hq} and Hk is {Hk}; Hq must be a multiple of Hk")
+    if head_map is None:
+        grouped_heads("attention", Hq, Hk)
     if Nq > UNBOUNDED or Nk > UNBOUNDED:
         raise ValueError(
             f"attention: Nq is {Nq} and Nk is {Nk}; sequences have at most {UNBOUNDED} tokens"
@@ -312,10 +312,8 @@ def attention_varlen(
     """
     q, k, v = autocast(q, k, v)
     Tq, Hq, D, Tk, Hk, Dv = PACKED(q, k, v)
-    if head_map is None and Hq != Hk and (Hk == 0 or Hq % Hk):
-        raise ValueError(
-            f"attention_varlen: Hq is {Hq} and Hk is {Hk}; Hq must be a multiple of Hk"
-        )
+    if head_map is None:
+        grouped_heads("attention_varlen", Hq, Hk)
     cu_q = sequence_ends("attention_varlen", "cu_seqlens_q", cu_seqlens_q, Tq, "Tq", q.device)
     cu_k = (
         cu_q

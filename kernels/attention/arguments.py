@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastattn.bias import ALiBi, KeyBias, Term, terms
+from fastattn.bias import Term, multiplier, terms
 from fastattn.checks import number
 from fastattn.masks import Causal, Dense, Full, Mask, heads, lowered
 
@@ -57,8 +57,7 @@ def optional_arguments(
     code, blocks = mask_code(function, mask, causal, Hq)
     added = terms(function, "bias", bias, pairs or sizes, q.dtype)
     first, second = (*added, Term(None), Term(None))[:2]  # type: ignore[arg-type]
-    times = terms(function, "weight", _weight(function, weight), pairs or sizes, q.dtype)
-    factor = times[0] if times else Term(None)  # type: ignore[arg-type]
+    factor = multiplier(function, weight, pairs or sizes, q.dtype)
     if sinks is not None:
         if not isinstance(sinks, torch.Tensor) or tuple(sinks.shape) != (Hq,):
             given = list(sinks.shape) if isinstance(sinks, torch.Tensor) else type(sinks).__name__
@@ -96,14 +95,6 @@ def _broadcasts(
             f"{function}: {name} is {list(t.shape)}; it must broadcast to [B, Hq, Nq, Nk] = {list(sizes)}"
         )
     return wide
-
-
-def _weight(function: str, weight: Any) -> Any:
-    if isinstance(weight, (list, tuple, ALiBi, KeyBias)):
-        raise ValueError(
-            f"{function}: weight is {type(weight).__name__}; it takes a float tensor, Toeplitz or Relative"
-        )
-    return weight
 
 
 def _above_zero(function: str, name: str, value: Any) -> float:

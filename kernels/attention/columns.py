@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastattn.checks import Axes, unit_stride
+from fastattn.checks import Axes, grouped_heads, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.attention.api import OP
 from fastattn.kernels.attention.arguments import optional_arguments, scale_of
@@ -117,11 +117,8 @@ def attention_importance(
     """
     q, k = autocast(q, k)
     B, Hq, Nq, D, Hk, Nk = SCORED(q, k)
+    grouped_heads("attention_importance", Hq, Hk)
     if Hq != Hk:
-        if Hk == 0 or Hq % Hk:
-            raise ValueError(
-                f"attention_importance: Hq is {Hq} and Hk is {Hk}; Hq must be a multiple of Hk"
-            )
         k = k.repeat_interleave(Hq // Hk, 1)  # a column a query head
     if query_weight is None:
         u = q.new_ones(1, 1, 1, 1).expand(B, Hq, Nq, 1)

@@ -5,28 +5,11 @@ namespace {
 constexpr int kKeys = 128;  // keys in a block
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// How numbers of a type are multiplied.
-template <class T>
-struct MulOf {
-  using type = Fma;
-};
-#if FASTATTN_HAS_BF16DOT
-template <>
-struct MulOf<bf16> {
-  using type = Bf16Dot;
-};
-#endif
-
 // exp of a difference of logits in Mul's unit.
 template <class Mul, int Degree = Mul::kExpDegree>
 FASTATTN_INLINE vf power(vf x) {
   return exp2<Degree>(x * (1.4426950408889634f / Mul::kUnit));
 }
-
-struct Carver {  // hands out consecutive parts of this thread's scratch memory
-  float* next;
-  float* take(int64_t floats) { return std::exchange(next, next + up(floats, 16)); }
-};
 
 // One sequence: a batch of dense tensors, a part of packed ones, or a group of slots.
 struct Sequence {
@@ -120,8 +103,8 @@ struct TokenSlots {
         int64_t count = 0;
         for (int64_t t = 0; t < shape[3]; ++t) {
           if (row[t] == -1) continue;
-          FASTATTN_CHECK(row[t] >= 0 && row[t] < num_tokens, what, " names token ", row[t], " of ",
-                         num_tokens);
+          FASTATTN_CHECK(row[t] >= 0 && row[t] < num_tokens, what, " names token ", row[t],
+                         "; it takes 0 to ", num_tokens - 1, ", or -1 for an empty slot");
           met[row[t]] ? void(repeats = true) : void(++count);
           met[row[t]] = 1;
         }

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastattn.checks import unit_stride
+from fastattn.checks import grouped_heads, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.groups import Groups
 from fastattn.kernels.attention.api import OP, Axes
@@ -61,10 +61,8 @@ def grouped_attention(
     """
     q, k, v = autocast(q, k, v)
     B, Hq, Nq, D, Hk, Nk, _ = GROUPED(q, k, v)
-    if head_map is None and Hq != Hk and (Hk == 0 or Hq % Hk):
-        raise ValueError(
-            f"grouped_attention: Hq is {Hq} and Hk is {Hk}; Hq must be a multiple of Hk"
-        )
+    if head_map is None:
+        grouped_heads("grouped_attention", Hq, Hk)
     of_keys = groups if key_groups is None else key_groups
     _check("groups", groups, B, Hq, "Hq", q.device)
     _check("key_groups" if key_groups else "groups", of_keys, B, Hk, "Hk", q.device)

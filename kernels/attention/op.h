@@ -9,6 +9,7 @@ namespace fastattn {
 using AttentionExtras = std::array<Maybe, 15>;
 
 // o [B,Hq,Nq,Dv], lse f32 [B,Hq,Nq] and what its rounding took from it, rest  <-  q [B,Hq,Nq,D], k [B,Hk,Nk,D], v [B,Hk,Nk,Dv]
+// Where queries keep some logits, rest is [B,Hq,3,Nq], with the least of them and the last key that has it; else [B,Hq,1,Nq].
 // numbers: scale, softcap (0: none), clip's two (0, 1: none), dropout, whether groups leave o by slot,
 // and how many logits a query keeps (0: all)
 FASTATTN_DECLARE(attention_fwd, Tensor o, Tensor lse, Tensor rest, Tensor q, Tensor k, Tensor v,

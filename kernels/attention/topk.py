@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastattn.checks import Axes, unit_stride
+from fastattn.checks import Axes, grouped_heads, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.attention.api import OP, TOPK
 from fastattn.kernels.attention.arguments import optional_arguments, scale_of
@@ -54,8 +54,8 @@ def topk_attention(
     """
     q, k, v = autocast(q, k, v)
     B, Hq, Nq, D, Hk, Nk, _ = AXES(q, k, v)
-    if head_map is None and Hq != Hk and (Hk == 0 or Hq % Hk):
-        raise ValueError(f"topk_attention: Hq is {Hq} and Hk is {Hk}; Hq must be a multiple of Hk")
+    if head_map is None:
+        grouped_heads("topk_attention", Hq, Hk)
     try:
         count = 0 if isinstance(topk, bool) else operator.index(topk)
     except TypeError:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from fastattn.backends import at_most, cpu, reference, takes, triton
-from fastattn.bias import ALiBi, KeyBias, Relative, Term, Toeplitz, expand, terms
-from fastattn.checks import Axes, described, number, unit_stride
+from fastattn.bias import ALiBi, KeyBias, Relative, Term, Toeplitz, expand, multiplier, terms
+from fastattn.checks import Axes, described, grouped_heads, number, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.decode import reference as formula
 from fastattn.masks import (
@@ -416,10 +416,7 @@ def attention_decode(
     B, Hq, Nq, D = axes[:4]
     Hk = axes[4] if block_table is None else axes[6]
     new = axes[-1] if is_new else 0
-    if Hq != Hk and (Hk == 0 or Hq % Hk):
-        raise ValueError(
-            f"attention_decode: Hq is {Hq} and Hk is {Hk}; Hq must be a multiple of Hk"
-        )
+    grouped_heads("attention_decode", Hq, Hk)
     _check_integers("lengths", lengths, (B,), q)
     if block_table is not None:
         _check_integers("block_table", block_table, (B, None), q)
@@ -442,12 +439,7 @@ def attention_decode(
     elif bias is not None:
         parts = terms("attention_decode", "bias", bias, sizes, q.dtype)
         added = (*parts, Term(None))[:2]  # type: ignore[arg-type,assignment]
-    if isinstance(weight, (list, tuple, ALiBi, KeyBias)):
-        raise ValueError(
-            f"attention_decode: weight is {type(weight).__name__}; it takes a float tensor, Toeplitz or Relative"
-        )
-    factors = terms("attention_decode", "weight", weight, sizes, q.dtype)
-    factor = factors[0] if factors else Term(None)  # type: ignore[arg-type]
+    factor = multiplier("attention_decode", weight, sizes, q.dtype)
     if torch.is_grad_enabled():
         _refuse_gradients(
             q=q,

@@ -33,19 +33,6 @@ namespace {
 
 constexpr int64_t kSplit = 512;  // keys whose state is kept apart
 
-// tanh within 2 ulp.  Near zero, where 1 - 2 / (exp(2x) + 1) would cancel, a polynomial: (tanh x - x) / x^3 in x^2, by
-// interpolation at Chebyshev's points.
-FASTATTN_INLINE vf hyperbolic_tangent(vf x) {
-  const vf size = max(x, -x), z = x * x;
-  vf y = z * -0x1.895582p-8f + 0x1.56f0c2p-6f;
-  y = y * z - 0x1.b90868p-5f;
-  y = y * z + 0x1.110da2p-3f;
-  y = y * z - 0x1.555552p-2f;
-  const vf near = y * z * x + x;
-  const vf e = exp2<6>(min(size, splat(20.0f)) * 2.885390082f), far = 1.0f - 2.0f / (e + 1.0f);
-  return select(size < 0.625f, near, select(x < 0.0f, -far, far)) + (x - x);
-}
-
 // What single pairs of a query head say beside the products.
 struct Pairs {
   Formula mask;
@@ -78,7 +65,7 @@ struct Logits {
 
   FASTATTN_INLINE vf operator()(vf dot, int j, int end, bool partial) const {
     vf x = dot * scale;
-    if (softcap != 0) x = hyperbolic_tangent(x * (1.0f / softcap)) * softcap;
+    if (softcap != 0) x = tanh(x * (1.0f / softcap)) * softcap;
     const vi key = iota() + j;
     if (slope != 0) {
       const vi far = key - position;

@@ -29,22 +29,6 @@ constexpr int kSums = W == 16 ? 16 : 8;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 template <class T>
-struct MulOf {  // how numbers of a type are multiplied
-  using type = Fma;
-};
-#if FASTATTN_HAS_BF16DOT
-template <>
-struct MulOf<bf16> {
-  using type = Bf16Dot;
-};
-#endif
-
-struct Carver {  // hands out consecutive parts of this thread's scratch memory
-  float* next;
-  float* take(int64_t floats) { return std::exchange(next, next + up(floats, 16)); }
-};
-
-template <class T>
 void widen(float* to, const T* from, const T* next, int64_t D) {
   for (int64_t d = 0; d < D; d += W) {
     __builtin_prefetch(next + d, 0, 2);
