@@ -49,6 +49,11 @@ class Row:
         return self.cost.flops if self.direction == "forward" else self.cost.backward_flops
 
     @property
+    def whole(self) -> float:
+        """Operations with nothing hidden: most peers compute what a mask hides, too."""
+        return dataclasses.replace(self, case=self.case.but(mask=None)).flops
+
+    @property
     def bytes(self) -> float:
         return self.cost.bytes if self.direction == "forward" else self.cost.backward_bytes
 
@@ -197,6 +202,6 @@ def _word(name: str, value: Any) -> str:
         ]
         return type(value).__name__ + (f"({', '.join(map(str, changed))})" if changed else "")
     if name == "lengths":
-        rows = [n for n, _ in value]
-        return f"packed {min(rows)}-{max(rows)}"
-    return value if isinstance(value, str) else f"{name}{value}"
+        first = [n if isinstance(n, int) else n[0] for n in value]
+        return f"lengths {min(first)}-{max(first)}"
+    return str(value) if name == "mask" or isinstance(value, str) else f"{name}{value}"

@@ -208,6 +208,9 @@ def test_labels_are_short_and_tell_the_cases_apart() -> None:
     for op in OPS.values():
         labels = [cases.label(case) for case in op.bench]
         assert len(set(labels)) == len(labels)
+        for row in cases.rows(op, op.backends, op.dtypes, quick=False):
+            assert len(str(row)) < 110, row
+            assert all(isinstance(name, str) for name in cases.peers(row, every_peer=True))
     assert cases.label(OPS["attention"].bench[1]) == "B1 Hq8 N1024 D64 Causal"
 
 

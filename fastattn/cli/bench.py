@@ -143,8 +143,9 @@ class Run:
         for name in (cases.OURS, *cases.peers(row, self.arguments.peers)):
             rate = self.rates.get((row.op.name, row.backend.name, row.dtype, row.direction, name))
             patience = self.patience * (OWN if name == cases.OURS else 1)
-            if rate and CALLS * row.flops / rate > patience:
-                needed = duration(row.flops / rate)
+            work = row.flops if name == cases.OURS else row.whole
+            if rate and CALLS * work / rate > patience:
+                needed = duration(work / rate)
                 self.notes.append(f"{row}: {name} left out; it would take about {needed} a call")
                 if name == cases.OURS:
                     return None
@@ -165,7 +166,8 @@ class Run:
             for name, t in {cases.OURS: ours, **times}.items():
                 key = (row.op.name, row.backend.name, row.dtype, row.direction, name)
                 if t.fastest > TELLING:
-                    self.rates[key] = row.flops / t.fastest
+                    work = row.flops if name == cases.OURS else row.whole
+                    self.rates[key] = work / t.fastest
         record: records.Record = {
             "kind": row.kind,
             "op": row.op.name,
