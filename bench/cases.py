@@ -14,7 +14,7 @@ import torch
 from fastattn.backends import Backend
 from fastattn.bench.timing import Call
 from fastattn.op import OPS, Case, Cost, Op
-from fastattn.testing import facts, floats, invoke, maker, prove, why_not, with_floats
+from fastattn.testing import floats, invoke, maker, prove, refusal, why_not, with_floats
 
 OURS = "fastattn"
 SETS, ENOUGH = (
@@ -98,7 +98,7 @@ def rows(
 def accepts(op: Op, backends: Sequence[Backend], dtype: torch.dtype, case: Case) -> list[Backend]:
     """Those of ``backends`` that run the case, in the op's order."""
     call = op.make(case, _unwritten(dtype))
-    return [b for b in op.backends if b in backends and not b.why_not(facts(op, call, b.device))]
+    return [b for b in op.backends if b in backends and not refusal(op, b, call)]
 
 
 def _unwritten(dtype: torch.dtype) -> Callable[..., torch.Tensor]:

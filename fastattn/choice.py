@@ -28,15 +28,15 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     if not isinstance(op, Op):
         known = ", ".join(f"fastattn.{name}" for name in sorted(OPS)) + " and what is made of them"
         raise ValueError(f"explain: fn is {show(function)}; it takes one of {known}")
-    seen: list[tuple[Sequence[Any], str]] = []
+    seen: list[tuple[Op, Sequence[Any], str]] = []
 
-    def record(*call: Any, backend: str = "") -> Any:
-        seen.append((call, backend))
+    def record(op: Op, *call: Any, backend: str = "") -> Any:
+        seen.append((op, call, backend))
         raise _Enough
 
-    with torch.no_grad(), _replaced(op, record), contextlib.suppress(_Enough):
+    with torch.no_grad(), _replaced(record), contextlib.suppress(_Enough):
         function(*args, **kwargs)
-    call, backend = seen[0]
+    op, call, backend = seen[0]
     rows = op.render(call, only=[row.name for row in op.named(backend)] if backend else None)
     return f"{rows}\nderivatives: {op.derivatives}"
 

@@ -497,6 +497,25 @@ def in_place(name: str, schema: str, run: Callable[..., None]) -> Callable[..., 
     return call
 
 
+def opaque(
+    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Registers ``run``, of several results without gradients, as an operator that compilers do not look into.
+
+    Gives the function to call, which goes straight to ``run`` where ``Op.call`` would.
+    """
+    op = _define(name, schema, _ignoring_backend(run), fake)
+
+    def call(*args: Any, backend: str = "") -> Any:
+        plain = not torch.compiler.is_compiling() and is_plain() and not args[0].is_meta
+        if plain and all(is_simple(t) for t in args if isinstance(t, torch.Tensor)):
+            return run(*args)
+        return op(*args)
+
+    register_vmap(None, name, call, _names(schema.split("->")[0]), _LIB)
+    return call
+
+
 # ---------------------------------------------------------------------------------------------------
 # Small parts
 
@@ -575,16 +594,24 @@ _REPLACING = threading.RLock()
 
 
 @contextlib.contextmanager
-def _replaced(op: Op, call: Callable[..., Any]) -> Iterator[None]:
+def _replaced(call: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block this thread runs ``call(op, *args, backend=)`` for ``op.call(*args, backend=)`` of every op."""
     thread = threading.get_ident()
 
-    def here(*args: Any, backend: str = "") -> Any:  # other threads go on computing
-        run = call if threading.get_ident() == thread else before
-        return run(*args, backend=backend)
+    def instead(op: Op, before: Callable[..., Any]) -> Callable[..., Any]:
+        def here(*args: Any, backend: str = "") -> Any:
+            if threading.get_ident() == thread:
+                return call(op, *args, backend=backend)
+            return before(*args, backend=backend)  # other threads go on computing
+
+        return here
 
     with _REPLACING:
-        before, op.call = op.call, here  # type: ignore[method-assign]
+        before = {name: op.call for name, op in OPS.items()}
+        for name, run in before.items():
+            OPS[name].call = instead(OPS[name], run)  # type: ignore[method-assign]
         try:
             yield
         finally:
-            op.call = before  # type: ignore[method-assign]
+            for name, run in before.items():
+                OPS[name].call = run  # type: ignore[method-assign]

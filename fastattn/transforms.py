@@ -136,7 +136,7 @@ def register_vmap(op: Any, name: str, call: Any, arguments: list[str], library: 
     def rule(info: Any, in_dims: Any, *args: Any, backend: str = "") -> Any:
         n, dims = info.batch_size, [d if isinstance(d, int) else None for d in in_dims]
         moved = {a for a, d in zip(arguments, dims) if d is not None}
-        if op.folds and moved <= {*op.batched} and op.folds(dict(zip(arguments, args))):
+        if op and op.folds and moved <= {*op.batched} and op.folds(dict(zip(arguments, args))):
             args = tuple(
                 fold(t, d, n) if a in op.batched and t is not None else t
                 for a, t, d in zip(arguments, args, dims)

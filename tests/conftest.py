@@ -97,6 +97,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[TALLY].generated.update(
         _row(item) for item in items if item.get_closest_marker("contract")
     )
+    items.sort(key=lambda item: hasattr(item.module, "begin"))
     if not ops and not backends:
         return
     chosen, left_out = [], []
@@ -108,6 +109,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (chosen if fits else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = chosen
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What runs beside other tests begins before them."""
+    begins = {item.module.begin for item in session.items if hasattr(item.module, "begin")}
+    for begin in () if session.config.option.collectonly else begins:
+        begin()
 
 
 def _point(item: pytest.Item, axis: str):

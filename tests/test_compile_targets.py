@@ -13,7 +13,9 @@ object a line.
 
 from __future__ import annotations
 
+import atexit
 import collections
+import functools
 import importlib.util
 import itertools
 import json
@@ -221,16 +223,27 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@functools.cache
+def begin() -> tuple[subprocess.Popen, list]:
+    """Compiling, beside the tests of other files: conftest.py calls this before them, and these tests come last."""
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    out = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
+    process = subprocess.Popen(
+        [sys.executable, __file__], env=environment, stdout=out[0], stderr=out[1]
+    )
+    atexit.register(process.kill)
+    return process, out
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict[tuple[str, str, str], dict]:
     """{(target, label, kernel): what came out}"""
-    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=3000
-    )
-    assert done.returncode == 0, done.stderr
+    process, out = begin()
+    process.wait(timeout=3000)
+    found, errors = (file.seek(0) or file.read() for file in out)
+    assert process.returncode == 0, errors
     results: dict[tuple[str, str, str], dict] = {}
-    for r in map(json.loads, done.stdout.splitlines()):
+    for r in map(json.loads, found.splitlines()):
         where = r["target"], r["label"], r["kernel"]
         if (
             where not in results or results[where]["spills"] < r["spills"]

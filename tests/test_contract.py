@@ -578,6 +578,8 @@ def test_the_contract_refuses_what_is_wrong(name, wrong):
     ]
     with row(op, wrong) as backend:
         for dtype, case in points:
+            if why_not(op, backend, dtype, case):
+                continue
             try:
                 prove(op, backend, dtype, case)
             except Failure:
@@ -590,7 +592,8 @@ def test_the_contract_accepts_what_is_right(name):
     op = OPS[name]
     with row(op, "not_wrong") as backend:
         for case in op.cases:
-            prove(op, backend, torch.float32, case)
+            if not why_not(op, backend, torch.float32, case):
+                prove(op, backend, torch.float32, case)
 
 
 IDLE = """

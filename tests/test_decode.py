@@ -382,7 +382,7 @@ REFUSED = {
     "table": ((Q, POOL, t(5, 3, 2, 6), L), {"block_table": TABLE[:1]},
               "block_table is int32[1, 2] on cpu; with q float32[2, 4, 1, 8] on cpu it takes "
               "[2, pages of a sequence] of int32 or int64"),
-    "sinks": ((Q, K, V, L), {"sinks": t(2)}, "sinks is float32[2] on cpu; with q float32[2, 4, 1, 8] on cpu it takes [4] of float32"),
+    "sinks": ((Q, K, V, L), {"sinks": t(2)}, "sinks is [2]; it takes a float tensor [Hq] = [4]"),
     "bias": ((Q, K, V, L), {"bias": 3},
              "bias is int; it takes a float tensor, Toeplitz or Relative, ALiBi, KeyBias, or a list of them"),
     "slopes": ((Q, K, V, L), {"bias": SimpleNamespace(slopes=t(3))},
@@ -392,8 +392,10 @@ REFUSED = {
     "scale": ((Q, K, V, L), {"scale": t(1)}, "scale is Tensor; it takes a number"),
     "causal": ((Q, K, V, L), {"causal": 1}, "causal is 1; it takes True or False"),
     "mask": ((Q, K, V, L), {"mask": torch.ones(1, 8, dtype=torch.bool)},
-             "mask is bool[1, 8] on cpu; with q float32[2, 4, 1, 8] on cpu it must broadcast to "
-             "[B, Hq, Nq, Nmax] = [2, 4, 1, 9]"),
+             "mask is [1, 8]; it must broadcast to [B, Hq, Nq, Nk] = [2, 4, 1, 9]"),
+    "clip": ((Q, K, V, L), {"clip": 0.1}, "clip is 0.1; it takes (gamma, zeta)"),
+    "head_map": ((Q, K, V, L), {"head_map": n(0, 1)}, "head_map is [2]; it takes integers [Hq] = [4]"),
+    "dropout": ((Q, K, V, L), {"dropout": 1.0}, "dropout is 1.0; it takes 0 <= dropout < 1"),
     "mask word": ((Q, K, V, L), {"mask": "causal"},
                   "mask is str; it takes a value of fastattn.masks, a bool tensor or None"),
     "weight": ((Q, K, V, L), {"weight": [t(1, 9)]}, "weight is list; it takes a float tensor, Toeplitz or Relative"),

@@ -98,6 +98,10 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[int, int], Tensors]]] = {
     "decode with more": (
         lambda b, **call: fa.attention_decode(**call, bias=[b], weight=b, mask=LEFT),
         lambda Nq, Nk: cached(Nq, Nk) | {"b": torch.randn(1, 4, 1, Nk + 8)}),
+    "decode with all": (
+        lambda b, h, **call: fa.attention_decode(
+            **call, bias=b, causal=True, clip=(-0.1, 1.1), dropout=0.2, seed=3, head_map=h),
+        lambda Nq, Nk: cached(Nq, Nk) | {"b": torch.randn(4, 1, Nk + 8), "h": torch.tensor([1, 0, 0, 1])}),
 }  # fmt: skip
 BY_NAME = pytest.mark.parametrize("call", CALLS)
 SLOWLY = pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch 2.4 says so
@@ -226,19 +230,22 @@ def test_meta_tensors(call):
 # ---- The table in docs/backends.md -------------------------------------------------------------------
 
 
-def natively(call: str, backend: Backend, op: Op) -> bool:
+def natively(call: str, backend: Backend) -> bool:
     """Whether the row takes the call, on a machine that has it."""
     seen = []
 
-    def record(*args: Any, backend: str = "") -> Any:
-        seen.append(args)
+    def record(op: Op, *args: Any, backend: str = "") -> Any:
+        seen.append((op, args))
         return op.fake(*args)
 
     function, make = CALLS[call]
-    with _replaced(op, record), contextlib.suppress(NotImplementedError):
+    with fa.using(backend.name), _replaced(record), contextlib.suppress(NotImplementedError):
         function(**make(9, 12))
-    facts = dict(zip(op.facts, op._facts(*seen[0]))) | {"device": backend.device}
-    return all(limit.holds(facts) for limit in backend.limits if of_call(limit))
+    called, args = seen[0]
+    facts = dict(zip(called.facts, called._facts(*args))) | {"device": backend.device}
+    return all(
+        limit.holds(facts) for limit in called.by_name[backend.name].limits if of_call(limit)
+    )
 
 
 def test_the_table_says_what_the_descriptors_say():
@@ -252,5 +259,5 @@ def test_the_table_says_what_the_descriptors_say():
     for call, *ticks in rows:
         op = OPS["attention_decode" if call.startswith("decode") else "attention"]
         for family, tick in zip(("cpu", "triton"), ticks):
-            found = {natively(call, row, op) for row in op.backends if row.family == family}
+            found = {natively(call, row) for row in op.backends if row.family == family}
             assert found == {bool(tick)}, f"{call} on {family}"

@@ -156,7 +156,7 @@ def test_macros_are_few_and_named():
 STDLIB = rf"({'|'.join(sorted(sys.stdlib_module_names))})(\..*)?"
 TORCH, OWN_TABLE = (
     r"torch(\..*)?",
-    r"fastattn\.(op|backends|transforms|groups|choice|masks|bias|dropout|rows|checks|testing)",
+    r"fastattn\.(op|arguments|backends|transforms|groups|choice|masks|bias|dropout|rows|checks|testing)",
 )
 MAY_IMPORT = (
     (r"kernels/(?P<op>\w+)/reference\.py", (TORCH,)),
@@ -166,12 +166,12 @@ MAY_IMPORT = (
         (TORCH, r"triton(\..*)?", r"fastattn\.kernels\.(common|{op}\.triton_\w+)(\..*)?"),
     ),
     (
-        r"kernels/(?P<op>\w+)/(api|arguments|cases|definition)\.py",
-        (TORCH, OWN_TABLE, r"fastattn\.kernels\.{op}(\.(reference|arguments|cases|definition).*)?"),
+        r"kernels/(?P<op>\w+)/(api|cases|definition|packed)\.py",
+        (TORCH, OWN_TABLE, r"fastattn\.kernels\.{op}(\.(reference|cases|definition|packed).*)?"),
     ),
     (  # functions that are made of an op
         r"kernels/(?P<op>\w+)/(columns|grouped|topk)\.py",
-        (TORCH, OWN_TABLE, r"fastattn\.kernels\.{op}\.(api|arguments)\..*"),
+        (TORCH, OWN_TABLE, r"fastattn\.kernels\.{op}\.api\..*"),
     ),
     (r"kernels/__init__\.py", ()),
     (

@@ -43,11 +43,11 @@ def arguments(op, call):
     """The arguments of torch.ops.fastattn.<op>_fwd that the public function passes for ``call``."""
     seen = []
 
-    def record(*args, backend=""):
+    def record(op, *args, backend=""):
         seen.append(args)
         return op.fake(*args)
 
-    with _replaced(op, record):
+    with _replaced(record):
         op.function(**call)
     return seen[0]
 
@@ -87,7 +87,7 @@ def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(op, backend, dtyp
     if backend.device != "cpu":
         pytest.skip(f"{backend.name}: compared on the CPU")
     call = example(op, dtype)
-    if why := backend.why_not(testing.facts(op, call, "cpu")):
+    if why := testing.refusal(op, backend, call):
         pytest.skip(f"{backend.name}: {'; '.join(why)}")
     args = arguments(op, call)
     real = op.call(*args, backend=backend.name)

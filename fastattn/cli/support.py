@@ -8,7 +8,7 @@ import torch
 
 from fastattn.backends import Backend, Limit
 from fastattn.op import OPS, Op
-from fastattn.testing import facts, make
+from fastattn.testing import asked, make
 
 SHORT = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 HUGE = 1 << 40
@@ -31,7 +31,8 @@ def unavailable(backend: Backend) -> str:
 
 def limits(op: Op, backend: Backend) -> str:
     """dtypes and bounds of one row of the descriptor: "f32 bf16 f16, D at most 256"."""
-    known = facts(op, make(op, op.cases[0], op.dtypes[0], "cpu"), backend.device)
+    _, known = asked(op, make(op, op.cases[0], op.dtypes[0], "cpu"))
+    known["device"] = backend.device
     own = [limit for limit in backend.limits if of_call(limit)]
     dtypes = [
         s for dtype, s in SHORT.items() if all(x.holds(known | {"dtype": dtype}) for x in own)

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from fastattn.backends import at_most, cpu, reference, takes, triton
-from fastattn.checks import Axes, grouped_heads, unit_stride
-from fastattn.choice import PROCESS
-from fastattn.kernels.attention import definition
-from fastattn.kernels.attention.arguments import (
+from fastattn.arguments import (
     mask_code,
     optional_arguments,
     scale_of,
     sequence_ends,
 )
+from fastattn.backends import at_most, cpu, reference, takes, triton
+from fastattn.checks import Axes, grouped_heads, unit_stride
+from fastattn.choice import PROCESS
+from fastattn.kernels.attention import definition
 from fastattn.kernels.attention.cases import BENCH, CASES, cost, make, peers
 from fastattn.masks import UNBOUNDED, Mask
 from fastattn.op import Op, autocast
@@ -239,8 +239,6 @@ def attention(
         raise ValueError(
             f"attention: Nq is {Nq} and Nk is {Nk}; sequences have at most {UNBOUNDED} tokens"
         )
-    if causal is not True and causal is not False:
-        raise ValueError(f"attention: causal is {causal!r}; it takes True or False")
     scale = scale_of("attention", scale, D)
     if (
         bias is softcap is sinks is clip is weight is head_map is None

@@ -52,7 +52,8 @@ struct Sequences {
     s.part = part - (cu[low] / span + low);
     return s;
   }
-  void check(const Maybe& q_ends, const Maybe& k_ends) {
+  // Of keys that are gathered, the last slots may belong to no sequence.
+  void check(const Maybe& q_ends, const Maybe& k_ends, bool is_gathered) {
     if (!q_ends && !k_ends) return;
     FASTATTN_CHECK(q_ends && k_ends, "packed sequences take both cu_q and cu_k");
     const View<const int32_t, 1> ends_q(*q_ends), ends_k(*k_ends);
@@ -67,8 +68,9 @@ struct Sequences {
                      "; they must ascend from 0");
       if (s) is_even &= cu_q[s] - cu_q[s - 1] == cu_q[1] && cu_k[s] - cu_k[s - 1] == cu_k[1];
     }
-    FASTATTN_CHECK((num ? cu_q[num] : 0) == Nq && (num ? cu_k[num] : 0) == Nk,
-                   "cu_q and cu_k end before ", Nq, " and ", Nk, ", the rows given");
+    const int64_t end_q = num ? cu_q[num] : 0, end_k = num ? cu_k[num] : 0;
+    FASTATTN_CHECK(end_q == Nq && (end_k == Nk || (is_gathered && end_k < Nk)), "cu_q ends at ",
+                   end_q, " and cu_k at ", end_k, "; ", Nq, " and ", Nk, " rows are given");
   }
 };
 
@@ -170,23 +172,26 @@ struct Options {
     topk = static_cast<int64_t>(numbers[6]);
     clip = {static_cast<float>(numbers[2]), static_cast<float>(numbers[3])};
     Nq = q.shape[2], Nk = k.shape[2];
-    FASTATTN_CHECK(!q_slots == !k_slots && (!q_slots || cu_q),
-                   "groups take slots of queries, slots of keys and cu_q");
+    FASTATTN_CHECK((!q_slots || k_slots) && (!k_slots || cu_q),
+                   "groups take slots of queries, slots of keys and cu_q; gathered keys take cu_q");
     sequences = {q.shape[0], Nq, Nk};
+    if (k_slots) {
+      slots_k = TokenSlots("key_groups", *k_slots, sequences.B, Hk, Nk);
+      sequences.Nk = slots_k.shape[3];
+    }
     if (q_slots) {
       slots_q = TokenSlots("groups", *q_slots, sequences.B, Hq, Nq);
-      slots_k = TokenSlots("key_groups", *k_slots, sequences.B, Hk, Nk);
+      sequences.Nq = slots_q.shape[3];
       FASTATTN_CHECK(slots_q.shape[2] == slots_k.shape[2],
                      "both or neither of groups and key_groups have labels");
       FASTATTN_CHECK(
           by_slot || !slots_q.repeats,
           "groups: a token is in two groups, and combine=\"only\" promises that none is; "
           "say what is to be done: combine=\"mean\" or combine=\"sum\"");
-      sequences.Nq = slots_q.shape[3], sequences.Nk = slots_k.shape[3];
     }
     FASTATTN_CHECK(!cu_q || q_slots || sequences.B == 1, "packed sequences take B = 1; B is ",
                    sequences.B);
-    sequences.check(cu_q, cu_k);
+    sequences.check(cu_q, cu_k, k_slots && !q_slots);
     const int64_t B = sequences.count();
     const int64_t in_row = q_slots ? sequences.num : B;
     bias[0] = Term("bias", bias_, bias_index, B, Hq, in_row);
@@ -211,7 +216,7 @@ struct Options {
   bool is_plain() const {
     return is_band(mask) && bias[0].form == Form::none && bias[1].form == Form::none && !sinks &&
            weight.form == Form::none && softcap == 0 && !clip.is_on() && dropout == 0 &&
-           !slots_q.is_given() && !topk;
+           !slots_k.is_given() && !topk;
   }
   // Rows of queries and of keys of a sequence; and of outputs.
   template <class T>

@@ -24,6 +24,10 @@ def forward(
             cu_q.tolist(), cu_k.tolist(), seed, slots_q, slots_k, mask, numbers,
         )  # fmt: skip
     parts = []
+    if slots_k is not None:  # packed sequences whose keys lie apart
+        Hk = k.shape[1]
+        token = slots_k[0, :, 0].long().repeat_interleave(Hk // slots_k.shape[1], 0)
+        k, v = (t[:, torch.arange(Hk, device=q.device)[:, None], token] for t in (k, v))
     for b, (q_, k_, v_) in _sequences(q, k, v, cu_q, cu_k):
         Nq, Nk = q_.shape[2], k_.shape[2]
 
@@ -63,6 +67,8 @@ def _sequences(q, k, v, cu_q, cu_k) -> Iterator[tuple[int, tuple[torch.Tensor, .
         yield 0, (q, k, v)
         return
     ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
+    if len(ends_q) == 1:  # no sequence: nothing, in its shapes
+        yield 0, (q, k[:, :, :0], v[:, :, :0])
     for b in range(len(ends_q) - 1):
         of_q, of_k = slice(ends_q[b], ends_q[b + 1]), slice(ends_k[b], ends_k[b + 1])
         yield b, (q[:, :, of_q], k[:, :, of_k], v[:, :, of_k])

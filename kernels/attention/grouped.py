@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from fastattn.arguments import optional_arguments, scale_of
 from fastattn.checks import grouped_heads, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.groups import Groups
 from fastattn.kernels.attention.api import OP, Axes
-from fastattn.kernels.attention.arguments import optional_arguments, scale_of
 from fastattn.masks import Mask
 from fastattn.op import autocast
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from fastattn.arguments import optional_arguments, scale_of
 from fastattn.checks import Axes, grouped_heads, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.attention.api import OP, TOPK
-from fastattn.kernels.attention.arguments import optional_arguments, scale_of
 from fastattn.masks import Mask
 from fastattn.op import autocast
 

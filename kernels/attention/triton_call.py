@@ -63,9 +63,8 @@ class Call(NamedTuple):
     @property
     def lengths(self):
         """Rows of queries and of keys, slots where there are groups."""
-        if self.slots_q is None:
-            return self.q.shape[2], self.k.shape[2]
-        return self.slots_q.shape[3], self.slots_k.shape[3]
+        pairs = (self.q, self.slots_q), (self.k, self.slots_k)
+        return tuple(t.shape[2] if slots is None else slots.shape[3] for t, slots in pairs)
 
     @property
     def num(self):
@@ -93,7 +92,7 @@ def call(
     )
     return Call(
         q, k, v, code, blocks, visible, score, weigh, heads, cu_q, cu_k, slots_q, slots_k, bool(by_slot),
-        is_plain and slots_q is None,
+        is_plain and slots_k is None,
     )  # fmt: skip
 
 
@@ -118,11 +117,8 @@ def rows_of(c, t, of):
     """A tensor whose rows are those of queries, "q", or keys, "k"; or by slot where there are groups, "Q" or "K"."""
     if t is None:
         return None
-    ends = c.cu_q if of in "qQ" else c.cu_k
-    if c.slots_q is None:
-        return rows.rows(t, ends)
-    index = {"q": c.slots_q, "k": c.slots_k}.get(of)
-    return rows.rows(t, ends, index, is_grouped=True)
+    ends, slots = (c.cu_q, c.slots_q) if of in "qQ" else (c.cu_k, c.slots_k)
+    return rows.rows(t, ends, slots if of in "qk" else None, is_grouped=slots is not None)
 
 
 # ---- In kernels ---------------------------------------------------------------------------------

@@ -9,23 +9,24 @@ from typing import Any
 
 import torch
 
+from fastattn.arguments import optional_arguments, scale_of
 from fastattn.backends import at_most, cpu, reference, takes, triton
-from fastattn.bias import ALiBi, KeyBias, Relative, Term, Toeplitz, expand, multiplier, terms
-from fastattn.checks import Axes, described, grouped_heads, number, unit_stride
+from fastattn.bias import ALiBi, KeyBias, Relative, Toeplitz, expand, terms
+from fastattn.checks import Axes, described, grouped_heads, unit_stride
 from fastattn.choice import PROCESS
+from fastattn.kernels.decode import packed
 from fastattn.kernels.decode import reference as formula
+from fastattn.kernels.decode.packed import check_values
 from fastattn.masks import (
     UNBOUNDED,
+    WIDTH,
     BlockSparse,
     Causal,
-    Dense,
     Dilated,
     Full,
     Mask,
     Prefix,
     Window,
-    heads,
-    lowered,
     materialize,
     pairs,
 )
@@ -100,24 +101,7 @@ def _wide(q):
 
 
 def _check_values(lengths, block_table, new, k_cache):
-    """Refuses what would lead out of the cache.  On a GPU nobody looks: kernels keep inside by themselves."""
-    if not lengths.is_cpu:
-        return
-    room = _capacity(k_cache, block_table)
-    for b, length in enumerate(lengths.tolist()):
-        if not 0 <= length <= room - new:
-            raise ValueError(
-                f"attention_decode: lengths[{b}] is {length}; with {new} appended, a cache of {room} takes "
-                f"0 to {room - new}"
-            )
-        if block_table is None:
-            continue
-        used = -(-(length + new) // max(k_cache.shape[1], 1))
-        for p, page in enumerate(block_table[b, :used].tolist()):
-            if not 0 <= page < k_cache.shape[0]:
-                raise ValueError(
-                    f"attention_decode: block_table[{b}, {p}] is {page}; it takes 0 to {k_cache.shape[0] - 1}"
-                )
+    check_values(lengths, block_table, new, _capacity(k_cache, block_table), *k_cache.shape[:2])
 
 
 def _append(k_cache, v_cache, k_new, v_new, lengths, block_table, *, backend=""):
@@ -175,12 +159,14 @@ def _make(case: Case, randn: Any) -> dict[str, Any]:
         call["bias"] = [_term(case, kind, randn) for kind in case.terms.split("+")]
     if case.weight:
         call["weight"] = _term(case, case.weight, randn)
+    if "heads" in given:
+        call["head_map"] = torch.arange(Hq).flip(0) % Hk
     if case.visible:
         call["mask"] = randn(B, Hq, case.Nq, case.Nmax) > -0.5
-    for name in ("lengths", "block_table"):
+    for name in ("lengths", "block_table", "head_map"):
         if name in call:
             call[name] = call[name].to(q.device)
-    options = ("mask", "causal", "scale", "softcap", "num_splits")
+    options = ("mask", "causal", "scale", "softcap", "num_splits", "clip", "dropout", "seed")
     return call | {n: getattr(case, n) for n in options if getattr(case, n) is not None}
 
 
@@ -297,13 +283,11 @@ OP = Op(
         "dtype": "q.dtype",
         "D": "q.shape[3]",
         "Dv": "v_cache.shape[3]",
-        "pairs": "bias is not None or weight is not None or len(mask) > 6 or mask[0] != 0",
     },
     reference=_reference,
     backends=(
         *cpu("attention_decode", takes("dtype", F32, BF16, F16), at_most("D", 1024), at_most("Dv", 1024)),
-        triton("decode", takes("dtype", F32, BF16, F16), at_most("D", 256), at_most("Dv", 256),
-               takes("pairs", False)),
+        triton("decode", takes("dtype", F32, BF16, F16), at_most("D", 256), at_most("Dv", 256)),
         reference(),
     ),
     cases=[
@@ -331,6 +315,15 @@ OP = Op(
         *(Case(B=2, Hq=4, Hk=2, Nq=2, Nmax=150, D=64, lengths=(148, 60), weight=kind, given="new sinks")
           for kind in ("dense", "toeplitz")),
         Case(B=2, Hq=8, Hk=2, Nq=1, Nmax=700, D=64, lengths=(699, 60), terms="key+toeplitz", visible=True, page=20, softcap=9.0),
+        *(Case(B=3, Hq=4, Hk=2, Nq=nq, Nmax=96, page=page, D=48, lengths=(40, 0, 90), given=given, clip=clip,
+               dropout=dropout, seed=dropout and 7, terms=terms, mask=mask)
+          for nq, page, given, clip, dropout, terms, mask in (
+              (1, None, "", (-0.1, 1.2), None, None, None), (3, 7, "new sinks", (-0.02, 1.0), 0.3, None, Window(30, 0)),
+              (2, None, "heads new", None, None, None, None), (1, 16, "heads bias", None, 0.2, None, None),
+              (2, 10, "", (-0.03, 1.1), None, "toeplitz+dense", Dilated(40, 3)))),
+        Case(B=2, Hq=4, Hk=2, Nq=2, Nmax=70, D=48, lengths=(70, 31), layout="sliced", clip=(-0.1, 1.0)),
+        Case(B=0, Hq=2, Nq=1, Nmax=4, D=8, clip=(-0.1, 1.0)),
+        Case(B=2, Hq=2, Nq=1, Nmax=0, D=8, given="sinks", dropout=0.5, seed=1),
         Case(B=2, Hq=2, Nq=3, Nmax=5, D=8, Nnew=2, lengths=(0, 3), given="new"),
         Case(B=1, Hq=2, Nq=5, Nmax=9, D=8, lengths=(2,), causal=True, given="sinks"),
         Case(B=0, Hq=2, Nq=1, Nmax=4, D=8),
@@ -369,6 +362,10 @@ def attention_decode(
     sinks: torch.Tensor | None = None,
     bias: Any = None,
     weight: Any = None,
+    clip: tuple[float, float] | None = None,
+    head_map: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | torch.Tensor | None = None,
     return_lse: bool = False,
     num_splits: int | None = None,
     backend: str | None = None,
@@ -390,6 +387,8 @@ def attention_decode(
     bias         an ALiBi, or anything with ``slopes`` float32 [Hq]: adds -slope * |position of i - j|; or as in
                  ``attention``, where Nk is Nmax, tables by offset count from each query's own position, and a list adds
     weight       multiplies p, which is not normalised again: a float tensor, ``Toeplitz`` or ``Relative``
+    clip, head_map, dropout, seed
+                 as in ``attention``
     return_lse   also give lse [B, Hq, Nq], the natural log of the softmax denominator
     num_splits   parts into which each sequence's tokens are divided among threads; None: by its length alone
     backend      None: the first that accepts; a name: that one, or an error that says why not
@@ -416,7 +415,8 @@ def attention_decode(
     B, Hq, Nq, D = axes[:4]
     Hk = axes[4] if block_table is None else axes[6]
     new = axes[-1] if is_new else 0
-    grouped_heads("attention_decode", Hq, Hk)
+    if head_map is None:
+        grouped_heads("attention_decode", Hq, Hk)
     _check_integers("lengths", lengths, (B,), q)
     if block_table is not None:
         _check_integers("block_table", block_table, (B, None), q)
@@ -425,110 +425,54 @@ def attention_decode(
             f"attention_decode: Nq is {Nq} and the cache holds {_capacity(k_cache, block_table)}; "
             f"sequences have at most {UNBOUNDED} tokens"
         )
-    if sinks is not None:
-        sinks = _per_head("sinks", sinks, Hq, q)
-    sizes = (
-        B,
-        Hq,
-        Nq,
-        -max(_capacity(k_cache, block_table), 1),
-    )  # tokens: each sequence has its own number
-    slopes, added = None, (Term(None), Term(None))  # type: ignore[arg-type]
-    if isinstance(getattr(bias, "slopes", None), torch.Tensor):
-        slopes = _per_head("bias.slopes", bias.slopes.to(q.device), Hq, q)
-    elif bias is not None:
-        parts = terms("attention_decode", "bias", bias, sizes, q.dtype)
-        added = (*parts, Term(None))[:2]  # type: ignore[arg-type,assignment]
-    factor = multiplier("attention_decode", weight, sizes, q.dtype)
+    room = _capacity(k_cache, block_table)
+    sizes = B, Hq, Nq, -max(room, 1)  # each sequence has its own number of tokens
+    slopes = getattr(bias, "slopes", None)
+    is_alibi = isinstance(slopes, torch.Tensor)
+    more = clip is not None or head_map is not None or dropout != 0.0
+    extras, code, numbers = optional_arguments(
+        "attention_decode", q, (B, Hq, Nq, room), Hk, mask, causal or is_new, scale_of("attention_decode", scale, D),
+        softcap, None if is_alibi else bias, sinks, clip, weight, head_map, dropout, seed, pairs=sizes,
+    )  # fmt: skip
+    if is_alibi:
+        slopes = _slopes(slopes.to(q.device), Hq, q)
     if torch.is_grad_enabled():
         _refuse_gradients(
-            q=q,
-            k_cache=k_cache,
-            v_cache=v_cache,
-            k_new=k_new,
-            v_new=v_new,
-            sinks=sinks,
-            bias=slopes if added[0].values is None else added[0].values,
-            weight=factor.values,
-        )
+            q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new, sinks=sinks, weight=extras[4],
+            bias=slopes if is_alibi else extras[0],
+        )  # fmt: skip
     backend = PROCESS.backend("attention_decode", backend)
-    visible = None
-    if isinstance(mask, torch.Tensor) and mask.dtype is torch.bool:
-        visible, mask = _broadcast(mask, (B, Hq, Nq, _capacity(k_cache, block_table)), q), Dense()
-    code, blocks = _encoded(mask, causal, is_new, Hq)
-    cap = 0.0 if softcap is None else number("attention_decode", "softcap", softcap)
-    if softcap is not None and not 0.0 < cap < float("inf"):
-        raise ValueError(f"attention_decode: softcap is {softcap}; it takes a number > 0, or None")
     if num_splits is not None and (
         not isinstance(num_splits, int) or isinstance(num_splits, bool) or num_splits < 1
     ):
         raise ValueError(
             f"attention_decode: num_splits is {num_splits!r}; it takes None or an integer >= 1"
         )
-    if scale is None:
-        scale = D**-0.5 if D else 0.0
-    scale = number("attention_decode", "scale", scale)
     if is_new:
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
             _check_writable(name, cache)
         APPEND(
             k_cache, v_cache, unit_stride(k_new), unit_stride(v_new), lengths, block_table, backend=backend
         )  # fmt: skip
+    beside = any(t is not None for t in extras[:6]) or len(code) > WIDTH or code[0] != 0
+    if more or (beside and not (q.is_cpu and backend != "triton")):
+        if is_alibi:
+            (term,) = terms("attention_decode", "bias", ALiBi(slopes), sizes, q.dtype)
+            extras = (term.values, term.index, *extras[2:])
+        o, lse = packed.attend(
+            q, k_cache, v_cache, lengths, block_table, new, room, extras, code, numbers, backend
+        )  # fmt: skip
+        return (o, lse) if return_lse else o
+    *added, of_weight, weight_index, sinks, visible, blocks = extras[:9]
     o, lse = OP.call(
-        unit_stride(q),
-        unit_stride(k_cache),
-        unit_stride(v_cache),
-        lengths,
-        block_table,
-        sinks,
-        slopes,
-        *(t for term in (*added, factor) for t in (term.values, term.index)),
-        visible,
-        None if blocks is None else blocks.to(q.device),
-        new,
-        code,
-        scale,
-        cap,
-        num_splits or 0,
-        backend=backend,
-    )
+        unit_stride(q), unit_stride(k_cache), unit_stride(v_cache), lengths, block_table,
+        sinks, slopes if is_alibi else None, *added, of_weight, weight_index, visible, blocks,
+        new, code, *numbers[:2], num_splits or 0, backend=backend,
+    )  # fmt: skip
     return (o, lse) if return_lse else o
 
 
 # ---- Refusals -------------------------------------------------------------------------------------------
-
-
-def _encoded(
-    mask: Any, causal: Any, is_new: bool, Hq: int
-) -> tuple[list[int], torch.Tensor | None]:
-    if causal is not True and causal is not False:
-        raise ValueError(f"attention_decode: causal is {causal!r}; it takes True or False")
-    mask = Full() if mask is None else mask
-    if not isinstance(mask, Mask):
-        raise ValueError(
-            f"attention_decode: mask is {described(mask)}; it takes a value of fastattn.masks, a bool tensor or None"
-        )
-    code, blocks = lowered(Causal() & mask if causal or is_new else mask)
-    for H in heads(code) if blocks is not None else ():
-        if H not in (1, Hq):
-            raise ValueError(
-                f"attention_decode: mask has a layout of {H} heads; Hq is {Hq}, and it takes 1 or Hq"
-            )
-    return code, blocks
-
-
-def _broadcast(mask: torch.Tensor, sizes: tuple[int, ...], q: torch.Tensor) -> torch.Tensor:
-    wide = mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
-    if (
-        mask.dim() > 4
-        or mask.device != q.device
-        or any(n not in (1, size) for n, size in zip(wide.shape, sizes))
-    ):
-        raise ValueError(
-            f"attention_decode: mask is {described(mask)}; with q {described(q)} it must broadcast to "
-            f"[B, Hq, Nq, Nmax] = {list(sizes)}"
-        )
-    return wide
 
 
 def _check_integers(name: str, t: Any, shape: tuple[int | None, ...], q: torch.Tensor) -> None:
@@ -547,16 +491,15 @@ def _check_integers(name: str, t: Any, shape: tuple[int | None, ...], q: torch.T
     )
 
 
-def _per_head(name: str, t: Any, Hq: int, q: torch.Tensor) -> torch.Tensor:
+def _slopes(t: torch.Tensor, Hq: int, q: torch.Tensor) -> torch.Tensor:
     if not (
-        isinstance(t, torch.Tensor)
-        and t.is_floating_point()
+        t.is_floating_point()
         and t.layout is torch.strided
         and t.shape == (Hq,)
         and t.device == q.device
     ):
         raise ValueError(
-            f"attention_decode: {name} is {described(t)}; with q {described(q)} it takes [{Hq}] of float32"
+            f"attention_decode: bias.slopes is {described(t)}; with q {described(q)} it takes [{Hq}] of float32"
         )
     wide = _wide(q)
     return unit_stride(t if t.dtype is wide else t.to(wide))

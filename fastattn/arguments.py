@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastattn.bias import Term, multiplier, terms
-from fastattn.checks import number
+from fastattn.checks import number, unit_stride
 from fastattn.masks import Causal, Dense, Full, Mask, heads, lowered
 
 FULL = lowered(Full())
@@ -23,6 +23,8 @@ def scale_of(function: str, scale: Any, D: int) -> float:
 def mask_code(
     function: str, mask: Any, causal: bool, Hq: int
 ) -> tuple[list[int], torch.Tensor | None]:
+    if causal is not True and causal is not False:
+        raise ValueError(f"{function}: causal is {causal!r}; it takes True or False")
     if mask is None:
         return CAUSAL if causal else FULL
     if isinstance(mask, Mask):
@@ -62,7 +64,7 @@ def optional_arguments(
         if not isinstance(sinks, torch.Tensor) or tuple(sinks.shape) != (Hq,):
             given = list(sinks.shape) if isinstance(sinks, torch.Tensor) else type(sinks).__name__
             raise ValueError(f"{function}: sinks is {given}; it takes a float tensor [Hq] = [{Hq}]")
-        sinks = sinks.to(torch.promote_types(q.dtype, torch.float32))
+        sinks = unit_stride(sinks.to(torch.promote_types(q.dtype, torch.float32)))
     softcap = 0.0 if softcap is None else _above_zero(function, "softcap", softcap)
     low, high = (0.0, 1.0) if clip is None else _clip(function, clip)
     dropout = number(function, "dropout", dropout)
@@ -98,10 +100,10 @@ def _broadcasts(
 
 
 def _above_zero(function: str, name: str, value: Any) -> float:
-    value = number(function, name, value)
-    if not value > 0:
-        raise ValueError(f"{function}: {name} is {value}; it takes a number > 0, or None")
-    return value
+    found = number(function, name, value)
+    if not 0.0 < found < float("inf"):
+        raise ValueError(f"{function}: {name} is {found}; it takes a number > 0, or None")
+    return found
 
 
 def _clip(function: str, clip: Any) -> tuple[float, float]:
