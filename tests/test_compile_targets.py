@@ -56,19 +56,20 @@ EXTRAS = [
 
 
 def attend(
-    attention, dtype, D, Hk=128, N=128, dlse=True, mask=BAND, softcap=0.0, low=0.0, dropout=0.0, **given
+    attention, dtype, D, Hk=128, N=128, dlse=True, mask=BAND, softcap=0.0, low=0.0, dropout=0.0, topk=0.0, **given
 ) -> None:  # fmt: skip
     B = 1 if "cu_q" in given and "slots_q" not in given else 2
     q, dq, o, do = (torch.empty(B, 128, N, D, dtype=dtype) for _ in range(4))
     k, dk, v, dv = (torch.empty(B, Hk, N, D, dtype=dtype) for _ in range(4))
-    lse, extras = torch.empty(B, 128, N), [given.get(name) for name in EXTRAS]
-    numbers = (D**-0.5, softcap, low, 1.0, dropout, 0.0, 0.0)
+    lse, rest = torch.empty(B, 128, N), torch.empty(B, 128, 3, N)
+    extras = [given.get(name) for name in EXTRAS]
+    numbers = (D**-0.5, softcap, low, 1.0, dropout, 0.0, topk)
     grads = [given.get(name) for name in ("bias", "bias2", "weight", "sinks")]
     needs = [True, True, True, *(t is not None for t in grads)]
     dlse = lse if dlse else None
-    attention.forward(o, lse, lse, q, k, v, *extras, mask, numbers)
+    attention.forward(o, lse, rest, q, k, v, *extras, mask, numbers)
     attention.backward(
-        dq, dk, dv, *grads, do, dlse, q, k, v, *extras, o, lse, lse, mask, numbers, needs
+        dq, dk, dv, *grads, do, dlse, q, k, v, *extras, o, lse, rest, mask, numbers, needs
     )  # fmt: skip
 
 
@@ -87,6 +88,8 @@ def features() -> dict[str, dict]:
         "dropout": {"dropout": 0.1, "low": -0.03, "seed": seed},
         "packed": {"cu_q": ends, "cu_k": ends, "heads": heads},
         "groups": {"cu_q": ends, "cu_k": ends, "slots_q": slots[0], "slots_k": slots[1]},
+        "topk": {"topk": 8.0},
+        "cached": {"cu_q": ends, "cu_k": ends, "slots_k": slots[1][:, :, :1]},
     }
 
 
@@ -231,7 +234,8 @@ def begin() -> tuple[subprocess.Popen, list]:
     process = subprocess.Popen(
         [sys.executable, __file__], env=environment, stdout=out[0], stderr=out[1]
     )
-    atexit.register(process.kill)
+    for end in (process.kill, *(file.close for file in out)):
+        atexit.register(end)
     return process, out
 
 
@@ -291,8 +295,9 @@ def test_attention_is_as_its_header_says(compiled, kernel, D):
 
 def test_attention_with_more_is_as_its_header_says(compiled):
     text, version = header("attention")
-    kernels = [*KERNELS.values(), "attention_dterm"]
     for label in features():
+        fourth = "attention_floors" if label == "topk" else "attention_dterm"
+        kernels = [*KERNELS.values(), fourth]
         cells = re.search(rf"^ +{label} +((?:[-\d]+ +)*[-\d]+)$", text, re.MULTILINE)[1].split()
         for (target, kernel), cell in zip(itertools.product(SHARED, kernels), cells, strict=True):
             result = compiled.get((target, f"{label} 128", kernel))

@@ -139,7 +139,6 @@ OP = Op(
         "dtype": "q.dtype",
         "D": "q.shape[3]",
         "Dv": "v.shape[3]",
-        "topk": "numbers[6] > 0",
     },
     reference=definition.forward,
     backends=(
@@ -155,7 +154,6 @@ OP = Op(
             takes("dtype", F32, BF16, F16),
             at_most("D", MAX_HEAD_DIM),
             at_most("Dv", MAX_HEAD_DIM),
-            takes("topk", False),
         ),
         reference(),
     ),

@@ -15,7 +15,7 @@ w_ij = keep_ij weight_ij clip(p_ij) (triton_scores, triton_weights; gradients: t
       | ... |                                   order: no atomics, the same bits every time.
 
 What a program owns lies in shared memory once, what it walks num_stages deep; sums in registers.
-dq also writes what dkdv subtracts from logits (shift) and from dp (delta).  Float32 products are
+dq also writes what is known of each query: what dkdv subtracts from logits and from dp.  Float32 products are
 those of float32 (no tf32).  dq corrects delta by a pass of its own, in 16 bits only where a bias or
 the sinks get gradients: README.md, section 6.
 
@@ -35,31 +35,31 @@ or registers (AMD).               from: Triton 3.7.1, compared by tests/test_com
     fwd    64  128x64/4/3  254   0  238   0      128x64/4/3  255  24  128x64/4/2  204   0
     fwd   128  128x128/8/2 255   8  234   0      128x64/8/2  226   0  128x32/4/2  211   0
     fwd   256  128x64/8/2  255   0  248   0      64x32/8/2   229   0  64x32/4/2   302   0
-    dq     64  128x64/8/2  125   0   96   0      128x64/8/2  187   0  128x64/4/2  282   0
-    dq    128  128x64/8/2  216   0  148   0      64x64/4/2   255   0  64x64/4/2   324   0
-    dq    256  128x32/8/2  240   0  242   0      64x16/8/2   195   0  64x32/4/2   510   0
+    dq     64  128x64/8/2  125   0   96   0      128x64/8/2  186   0  128x64/4/2  282   0
+    dq    128  128x64/8/2  218   0  140   0      64x64/4/2   255   0  64x64/4/2   325   0
+    dq    256  128x32/8/2  234   0  228   0      64x16/8/2   194   0  64x32/4/2   512   0
     dkdv   64  64x128/8/2  214   0  161   0      32x128/8/2  255   0  32x64/4/2   223   0
     dkdv  128  64x128/8/2  255  32  185   0      64x64/8/2   177   0  32x64/4/1   287   0
-    dkdv  256  32x32/8/2   196   0  196   0      16x32/8/2   194   0  16x32/4/2   352   0
+    dkdv  256  32x32/8/2   196   0  196   0      16x32/8/2   194   0  16x32/4/2   350   0
 
     32 bits    NVIDIA (sm_90 read)  gfx942 (MI300)
                tile        reg spl  tile        reg spl
     fwd    64  64x32/8/2   206   0  64x32/8/2   128   0
     fwd   128  32x16/8/2    64   0  32x32/8/2   168   0
     fwd   256  16x32/8/1    96   0  32x16/8/1   175   0
-    dq     64  64x32/8/2   110   0  32x32/8/1   228   0
-    dq    128  32x16/8/2    80   0  32x16/8/1   250   0
-    dq    256  16x16/8/2    77   0  16x16/4/1   328   1
-    dkdv   64  32x32/8/2    91   0  32x32/8/1   215   0
-    dkdv  128  16x32/8/1   107   0  16x32/8/1   202   0
-    dkdv  256  16x16/8/1   106   0  16x16/4/1   388   0
+    dq     64  64x32/8/2   124   0  32x32/8/1   225   0
+    dq    128  32x16/8/2    76   0  32x16/8/1   256   0
+    dq    256  16x16/8/2    80   0  16x16/4/1   313   0
+    dkdv   64  32x32/8/2    95   0  32x32/8/1   246   0
+    dkdv  128  16x32/8/1   175   0  16x32/8/1   206   0
+    dkdv  256  16x16/8/1   107   0  16x16/4/1   403   0
 
 With grouped heads dkdv at 128 on sm_90 spills 192 bytes, outside the loops over queries.
 
 With more than a band and a scale tiles are smaller (RICH in triton_tiles).  Spills at width 128 in 16
 bits of fwd, dq, dkdv and the gradients (triton_gradients) of a bias; of tables by offset and index; of
 rows of keys and queries; with block masks; softcap and sinks; dropout and clip; packed and heads; groups
-with labels:
+with labels; the greatest logits (fwd, dq, dkdv and what finds them, triton_topk); keys in a cache:
 
              sm_80            sm_90            sm_100           gfx942
     bias       0   0   0   0    0   0   0   0    0   0   0   0    0   0   0   0
@@ -70,6 +70,8 @@ with labels:
     dropout    0   0   0   -    0   0   0   -    0   0   0   -    0   0   0   -
     packed    32   0  24   -    0   0 144   -    0   0 528   -    0   0   0   -
     groups     0   0   0   -    0   0   0   -    0   0   0   -    0   0   0   -
+    topk       0   0   0  16    0   0 176   0    0   0   0   0    0   0   0   0
+    cached     0   0   0   -    0   0   0   -   16   0   0   -    0   0   0   -
 
 Measured: not yet run on a GPU; results are checked in Triton's interpreter, code by reading it.
 Not done, for want of a GPU to measure on: loads by TMA and warp specialisation on sm_90 and later;
@@ -88,12 +90,15 @@ from fastattn.kernels.attention import triton_groups as groups
 from fastattn.kernels.attention.triton_call import (
     call,
     how,
+    load_known,
     products,
     rows_of,
+    store_known,
     tile_of_keys,
     tile_of_queries,
 )
 from fastattn.kernels.attention.triton_tiles import choose
+from fastattn.kernels.attention.triton_topk import attention_floors
 from fastattn.kernels.common import triton_launch as launch
 from fastattn.kernels.common import triton_masks as masks
 from fastattn.kernels.common import triton_rows as rows
@@ -107,7 +112,7 @@ from fastattn.kernels.common.triton_pairs import Place
 
 
 @triton.jit(do_not_specialize=("Hq", "Nq", "Nk"))
-def attention_fwd(o, lse, q, k, v, how, Hq, group, Nq, Nk):
+def attention_fwd(o, lse, rest, q, k, v, how, Hq, group, Nq, Nk):
     # Find the tile.  Under a causal mask the last queries see most keys: they start first.
     NARROW: tl.constexpr = q.p.dtype.element_ty != tl.float32
     b, h, i0 = rows.tile(q, Hq, Nq, how.size.BM, True)
@@ -139,12 +144,14 @@ def attention_fwd(o, lse, q, k, v, how, Hq, group, Nq, Nk):
             )
 
     # Divide and write.
-    o_tile, lse_tile = softmax.finish(acc, m, l, NARROW)
+    o_tile, lse_tile, rest_tile = softmax.finish(acc, m, l, NARROW)
     if how.mask.KIND == masks.TOKENS:  # an empty slot has no sink either
         held = rows.is_held(q, b, h, i0, Nq, how.size.BM)
         lse_tile = tl.where(held, lse_tile, float("-inf"))
     rows.store(o, b, h, i0, o_tile, Nq, how.size.BM, how.size.DV, how.size.BDV)
     rows.store_scalars(lse, b, h, i0, lse_tile, Nq, how.size.BM)
+    if not NARROW:
+        rows.store_scalars(rest, b, h, i0, rest_tile, Nq, how.size.BM)
 
 
 @triton.jit
@@ -196,7 +203,7 @@ def _absorb_partial(acc, m, l, q, k, v, place, hk, i0, j0, how, PASS: tl.constex
 
 @triton.jit(do_not_specialize=("Hq", "Nq", "Nk"))
 def attention_dq(
-    dq, shift, delta, do, dlse, q, k, v, o, lse, how, Hq, group, Nq, Nk, IS_EXACT: tl.constexpr
+    dq, rows_known, do, dlse, q, k, v, o, lse, rest, how, Hq, group, Nq, Nk, IS_EXACT: tl.constexpr
 ):
     NARROW: tl.constexpr = q.p.dtype.element_ty != tl.float32
     BM: tl.constexpr = how.size.BM
@@ -207,12 +214,18 @@ def attention_dq(
     q_tile = rows.load(q, b, h, i0, Nq, BM, how.size.D, how.size.BD, True)  # [BM, BD]
     do_tile = rows.load(do, b, h, i0, Nq, BM, how.size.DV, how.size.BDV, True)  # [BM, BDV]
     lse_tile = rows.load_scalars(lse, b, h, i0, Nq, BM)  # [BM]
-    shift_tile = softmax.shift(lse_tile, NARROW)
+    high = softmax.shift(lse_tile, NARROW)
+    low, dlse_tile = high, tl.zeros([BM], tl.float32)
+    if not NARROW:
+        low = rows.load_scalars(rest, b, h, i0, Nq, BM)  # [BM]
+    if dlse is not None:
+        dlse_tile = rows.load_scalars(dlse, b, h, i0, Nq, BM)  # [BM]
+        dlse_tile = tl.where(lse_tile == float("-inf"), 0.0, dlse_tile)  # lse is constant there
     i1 = tl.minimum(i0 + BM, Nq)
     some = masks.keys(how.mask, i0, i1, Nq, Nk)
     walk = masks.walk(some, masks.keys_all(how.mask, i0, i1, Nq, Nk), how.size.BN)
 
-    # delta_i = do_i . o_i - dlse_i, kept with the shift for the pass over keys.
+    # delta_i = do_i . o_i, kept with the others for the pass over keys.
     o_tile = rows.load(o, b, h, i0, Nq, BM, how.size.DV, how.size.BDV, True)  # [BM, BDV]
     delta_tile = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [BM]
     if IS_EXACT or how.weigh.PASSES == 2:
@@ -220,79 +233,77 @@ def attention_dq(
         # correct until sum_j p_ij (dp_ij - delta_i) = 0, where dp of the sink is 0.
         excess = tl.zeros([BM], tl.float32)
         total = tl.zeros([BM], tl.float32)
+        known = softmax.Known(high, low, delta_tile, dlse_tile)
         if how.weigh.p_sinks is not None:
-            total = weights.sink(how.weigh, h, shift_tile, NARROW)
+            total = weights.sink(how.weigh, h, known, NARROW)
             excess = -total * delta_tile
         for j0 in tl.range(some[0] // how.size.BN * how.size.BN, some[1], how.size.BN):
             if how.IS_BAND:  # noqa: SIM114  (decided when compiled)
                 excess, total = _add_excess(
-                    excess, total, delta_tile, q_tile, do_tile, shift_tile,
-                    k, v, Place(b, h, Nq, Nk), hk, i0, j0, how,
+                    excess, total, known, q_tile, do_tile, k, v, Place(b, h, Nq, Nk), hk, i0, j0, how
                 )  # fmt: skip
             elif tile_of_keys(how, Place(b, h, Nq, Nk), i0, j0) != masks.NONE:
                 excess, total = _add_excess(
-                    excess, total, delta_tile, q_tile, do_tile, shift_tile,
-                    k, v, Place(b, h, Nq, Nk), hk, i0, j0, how,
+                    excess, total, known, q_tile, do_tile, k, v, Place(b, h, Nq, Nk), hk, i0, j0, how
                 )  # fmt: skip
         delta_tile += excess / tl.where(total == 0.0, 1.0, total)
-    if dlse is not None:
-        dlse_tile = rows.load_scalars(dlse, b, h, i0, Nq, BM)  # [BM]
-        delta_tile -= tl.where(lse_tile == float("-inf"), 0.0, dlse_tile)  # lse is constant there
-    rows.store_scalars(delta, b, h, i0, delta_tile, Nq, BM)
-    rows.store_scalars(shift, b, h, i0, shift_tile, Nq, BM)
+    if NARROW:
+        delta_tile -= dlse_tile
+    known = softmax.Known(high, low, delta_tile, dlse_tile)
+    store_known(rows_known, known, b, h, i0, Nq, BM, NARROW)
 
     # Walk the keys as the forward pass does.
     acc = tl.zeros([BM, how.size.BD], tl.float32)
     for j0 in tl.range(walk.full_begin, walk.full_end, how.size.BN):
         acc = _add_dq(
-            acc, delta_tile, q_tile, do_tile, shift_tile,
-            k, v, Place(b, h, Nq, Nk), hk, i0, j0, how, False,
+            acc, known, q_tile, do_tile, k, v, Place(b, h, Nq, Nk), hk, i0, j0, how, False
         )  # fmt: skip
     for t in tl.range(0, walk.num_partial):
         j0 = masks.partial(walk, t, how.size.BN)
         acc = _add_dq_partial(
-            acc, delta_tile, q_tile, do_tile, shift_tile,
-            k, v, Place(b, h, Nq, Nk), hk, i0, j0, how,
+            acc, known, q_tile, do_tile, k, v, Place(b, h, Nq, Nk), hk, i0, j0, how
         )  # fmt: skip
     rows.store(dq, b, h, i0, acc * scores.scale(how.score), Nq, BM, how.size.D, how.size.BD)
 
 
 @triton.jit
-def _add_excess(excess, total, delta, q, do, shift, k, v, place, hk, i0, j0, how):
+def _add_excess(excess, total, known, q, do, k, v, place, hk, i0, j0, how):
     """Add p (dp - delta) and p of the keys j0 .. j0 + BN."""
     i = i0 + tl.arange(0, how.size.BM)[:, None]
     j = j0 + tl.arange(0, how.size.BN)[None, :]
-    k_tile, s, p, dw = products(q, do, shift, k, v, place, hk, i0, j0, how, True)
+    k_tile, s, p, dw = products(q, do, known, k, v, place, hk, i0, j0, how, True)
     dp = weights.grad(how.weigh, p, dw, weights.factors(how.weigh, place, i, j))
-    return excess + tl.sum(p * (dp - delta[:, None]), 1), total + tl.sum(p, 1)
+    return excess + tl.sum(p * (dp - known.delta[:, None]), 1), total + tl.sum(p, 1)
 
 
 @triton.jit
-def _add_dq(acc, delta, q, do, shift, k, v, place, hk, i0, j0, how, PARTIAL: tl.constexpr):
+def _add_dq(acc, known, q, do, k, v, place, hk, i0, j0, how, PARTIAL: tl.constexpr):
     """Add what the keys j0 .. j0 + BN give to dq of the queries i0 .. i0 + BM."""
     i = i0 + tl.arange(0, how.size.BM)[:, None]
     j = j0 + tl.arange(0, how.size.BN)[None, :]
-    k_tile, s, p, dw = products(q, do, shift, k, v, place, hk, i0, j0, how, PARTIAL)
+    NARROW: tl.constexpr = q.dtype != tl.float32
+    k_tile, s, p, dw = products(q, do, known, k, v, place, hk, i0, j0, how, PARTIAL)
     dp = weights.grad(how.weigh, p, dw, weights.factors(how.weigh, place, i, j))
-    ds = scores.logits_grad(how.score, p * (dp - delta[:, None]), s)  # [BM, BN]
+    ds = softmax.grad(p, dp, softmax.expand(known, 1), NARROW)
+    ds = scores.logits_grad(how.score, ds, s)  # [BM, BN]
     return dot(narrow(ds, k_tile.dtype), k_tile, acc)  # [BM, BD]
 
 
 @triton.jit
-def _add_dq_partial(acc, delta, q, do, shift, k, v, place, hk, i0, j0, how):
+def _add_dq_partial(acc, known, q, do, k, v, place, hk, i0, j0, how):
     if how.IS_BAND:
-        acc = _add_dq(acc, delta, q, do, shift, k, v, place, hk, i0, j0, how, True)
+        acc = _add_dq(acc, known, q, do, k, v, place, hk, i0, j0, how, True)
     else:
         found = tile_of_keys(how, place, i0, j0)
         if found == masks.ALL:
-            acc = _add_dq(acc, delta, q, do, shift, k, v, place, hk, i0, j0, how, False)
+            acc = _add_dq(acc, known, q, do, k, v, place, hk, i0, j0, how, False)
         elif found == masks.SOME:
-            acc = _add_dq(acc, delta, q, do, shift, k, v, place, hk, i0, j0, how, True)
+            acc = _add_dq(acc, known, q, do, k, v, place, hk, i0, j0, how, True)
     return acc
 
 
 @triton.jit(do_not_specialize=("Hk", "Nq", "Nk"))
-def attention_dkdv(dk, dv, do, pairs, q, k, v, how, Hk, group, Nq, Nk):
+def attention_dkdv(dk, dv, do, known, q, k, v, how, Hk, group, Nq, Nk):
     # Find the tile.  Under a causal mask the first keys are seen by most queries: they start first.
     b, hk, j0 = rows.tile(k, Hk, Nk, how.size.BN, False)
     Nk = rows.length(k, b, Nk)
@@ -316,13 +327,13 @@ def attention_dkdv(dk, dv, do, pairs, q, k, v, how, Hk, group, Nq, Nk):
             num_partial = tl.where(reads, num_partial, 0)
         for i0 in tl.range(walk.full_begin, full_end, how.size.BM):
             dk_acc, dv_acc = _add_dkdv(
-                dk_acc, dv_acc, k_tile, v_tile, q, do, pairs,
+                dk_acc, dv_acc, k_tile, v_tile, q, do, known,
                 Place(b, h, Nq, Nk), i0, j0, how, False,
             )  # fmt: skip
         for t in tl.range(0, num_partial):
             i0 = masks.partial(walk, t, how.size.BM)
             dk_acc, dv_acc = _add_dkdv_partial(
-                dk_acc, dv_acc, k_tile, v_tile, q, do, pairs, Place(b, h, Nq, Nk), i0, j0, how
+                dk_acc, dv_acc, k_tile, v_tile, q, do, known, Place(b, h, Nq, Nk), i0, j0, how
             )  # fmt: skip
     dk_acc = dk_acc * scores.scale(how.score)
     rows.store(dk, b, hk, j0, dk_acc, Nk, how.size.BN, how.size.D, how.size.BD)
@@ -330,11 +341,11 @@ def attention_dkdv(dk, dv, do, pairs, q, k, v, how, Hk, group, Nq, Nk):
 
 
 @triton.jit
-def _add_dkdv(dk, dv, k, v, q, do, pairs, place, i0, j0, how, PARTIAL: tl.constexpr):
+def _add_dkdv(dk, dv, k, v, q, do, known, place, i0, j0, how, PARTIAL: tl.constexpr):
     """Add what the queries i0 .. i0 + BM of one head give to dk and dv of the keys j0 .. j0 + BN.
 
     Everything is transposed, keys x queries, so that p and ds are ready as left factors.  Queries
-    past Nq add nothing: their do, shift and delta are loaded as zero.
+    past Nq add nothing: their do and what is known of them are loaded as zero.
     """
     NARROW: tl.constexpr = k.dtype != tl.float32
     BM: tl.constexpr = how.size.BM
@@ -344,15 +355,14 @@ def _add_dkdv(dk, dv, k, v, q, do, pairs, place, i0, j0, how, PARTIAL: tl.conste
     j = j0 + tl.arange(0, BN)[:, None]
     q_tile = rows.load(q, b, h, i0, Nq, BM, how.size.D, how.size.BD, PARTIAL)  # [BM, BD]
     do_tile = rows.load(do, b, h, i0, Nq, BM, how.size.DV, how.size.BDV, PARTIAL)  # [BM, BDV]
-    # Out of a tile, because single loads of rows would be made by each of the threads that need one.
-    pair_tile = rows.load(pairs, b, h, i0, Nq, BM, 2, 2, PARTIAL)  # [BM, 2]
-    is_shift = tl.arange(0, 2)[None, :] == 0
-    shift_row = tl.sum(tl.where(is_shift, pair_tile, 0.0), 1)[None, :]  # [1, BM]
-    delta_row = tl.sum(tl.where(is_shift, 0.0, pair_tile), 1)[None, :]  # [1, BM]
-    s = dot(k, tl.trans(q_tile), tl.zeros([BN, BM], tl.float32))  # [BN, BM]
+    row = softmax.expand(load_known(known, b, h, i0, Nq, BM, NARROW, PARTIAL), 0)  # [1, BM]
+    if how.score.floor is None:
+        s = dot(k, tl.trans(q_tile), tl.zeros([BN, BM], tl.float32))  # [BN, BM]
+    else:  # to the bit what was compared with the floor
+        s = tl.trans(dot(q_tile, tl.trans(k), tl.zeros([BM, BN], tl.float32)))
     factor = scores.factor(how.score) * softmax.unit(NARROW)
     x = scores.logits(how.score, s, place, i, j)
-    p = softmax.weights(x, factor, shift_row, NARROW)  # [BN, BM]
+    p = softmax.weights(x, factor, row, NARROW)  # [BN, BM]
     if PARTIAL:
         seen = masks.visible(how.mask, place, i, j)
         if how.score.MAY_HIDE:  # or what is read as bias there may make p infinite
@@ -363,27 +373,32 @@ def _add_dkdv(dk, dv, k, v, q, do, pairs, place, i0, j0, how, PARTIAL: tl.conste
     dv = dot(narrow(w, do_tile.dtype), do_tile, dv)  # [BN, BDV]
     dw = dot(v, tl.trans(do_tile), tl.zeros([BN, BM], tl.float32))  # [BN, BM]
     dp = weights.grad(how.weigh, p, dw, c)
-    ds = scores.logits_grad(how.score, p * (dp - delta_row), s)  # [BN, BM]
+    ds = scores.logits_grad(how.score, softmax.grad(p, dp, row, NARROW), s)  # [BN, BM]
     return dot(narrow(ds, q_tile.dtype), q_tile, dk), dv  # [BN, BD]
 
 
 @triton.jit
-def _add_dkdv_partial(dk, dv, k, v, q, do, pairs, place, i0, j0, how):
+def _add_dkdv_partial(dk, dv, k, v, q, do, known, place, i0, j0, how):
     if how.IS_BAND:
-        dk, dv = _add_dkdv(dk, dv, k, v, q, do, pairs, place, i0, j0, how, True)
+        dk, dv = _add_dkdv(dk, dv, k, v, q, do, known, place, i0, j0, how, True)
     else:
         found = tile_of_queries(how, place, i0, j0)
         if found == masks.ALL:
-            dk, dv = _add_dkdv(dk, dv, k, v, q, do, pairs, place, i0, j0, how, False)
+            dk, dv = _add_dkdv(dk, dv, k, v, q, do, known, place, i0, j0, how, False)
         elif found == masks.SOME:
-            dk, dv = _add_dkdv(dk, dv, k, v, q, do, pairs, place, i0, j0, how, True)
+            dk, dv = _add_dkdv(dk, dv, k, v, q, do, known, place, i0, j0, how, True)
     return dk, dv
 
 
 # ---- Launch -------------------------------------------------------------------------------------
 
 
-KERNELS = {"fwd": attention_fwd, "dq": attention_dq, "dkdv": attention_dkdv}
+KERNELS = {
+    "fwd": attention_fwd,
+    "dq": attention_dq,
+    "dkdv": attention_dkdv,
+    "floors": attention_floors,
+}
 
 
 def run(name, c, at, *tensors, **more):
@@ -398,29 +413,41 @@ def run(name, c, at, *tensors, **more):
     if c.num * H * N == 0:
         return
     length = N if ends is None else triton.cdiv(N * B, c.num)
-    tile = choose(name, c.q, max(D, DV), c.num * H, length, c.is_plain)
+    tile = choose("dterm" if c.topk else name, c.q, max(D, DV), c.num * H, length, c.is_plain)
     BLOCK = tile.BN if name == "dkdv" else tile.BM
     group = Hq if name == "dkdv" and c.heads is not None else Hq // max(Hk, 1)
     KERNELS[name][(H * rows.num_tiles(B, N, BLOCK, ends),)](
         *(rows_of(c, t, of) for of, t in zip(at, tensors)),
         how(c, tile.BM, tile.BN), H, group, Nq, Nk if Hk else 0, **more,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=not c.topk,
     )  # fmt: skip
 
 
+def with_floors(c, rest, are_known):
+    """``c`` whose queries keep their greatest logits: ``rest`` says which, or is told."""
+    if not c.topk:
+        return c
+    value, last = rest[:, :, 1], rest[:, :, 2]
+    if not are_known:
+        run("floors", c, "QQqk", value, last, c.q, c.k, topk=c.topk)
+    return c._replace(score=c.score._replace(floor=scores.Floor(rows.rows(value), rows.rows(last))))
+
+
 def forward(o, lse, rest, q, k, v, *more):
-    rest.zero_()  # nothing beyond lse is kept
     c = call(q, k, v, *more)
+    if c.cu_q is not None or q.dtype != torch.float32:  # beside 16 bits it is not read
+        rest.zero_()
     if c.cu_q is not None:  # tokens of no sequence
         o.zero_()
         lse.fill_(float("-inf"))
     with launch.on(q):
-        run("fwd", c, "QQqkk" if c.by_slot else "qQqkk", o, lse, q, k, v)
+        c = with_floors(c, rest, False)
+        run("fwd", c, "QQQqkk" if c.by_slot else "qQQqkk", o, lse, rest[:, :, 0], q, k, v)
 
 
 def backward(dq, dk, dv, dbias, dbias2, dweight, dsinks, do, dlse, q, k, v, *more):
-    *extras, o, lse, _, code, numbers, needs = more
-    c = call(q, k, v, *extras, code, numbers)
+    *extras, o, lse, rest, code, numbers, needs = more
+    c = with_floors(call(q, k, v, *extras, code, numbers), rest, True)
     bias, bias_index, bias2, bias2_index, weight, weight_index, sinks = extras[:7]
     terms = [
         (grad, is_weight, *term)
@@ -434,11 +461,11 @@ def backward(dq, dk, dv, dbias, dbias2, dweight, dsinks, do, dlse, q, k, v, *mor
     has_dsinks = needs[6] and sinks is not None
     # Sums of many ds show what o was rounded by, in 16 bits too.
     is_exact = q.dtype == torch.float32 or has_dsinks or not all(term[1] for term in terms)
-    # What is subtracted from logits and from dp, side by side for each query.
-    pairs = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
-    shift, delta = pairs.unbind(-1)
+    # What is known of each query, side by side.
+    width = 4 if q.dtype == torch.float32 else 2
+    known = torch.empty((*lse.shape, width), dtype=torch.float32, device=q.device)
     if c.cu_q is not None:
-        for t in (dq, dk, dv, pairs):
+        for t in (dq, dk, dv, known):
             t.zero_()
     repeats_q, repeats_k = groups.repeats(c)
     dq_to = groups.by_slot(q, c.slots_q) if repeats_q else dq
@@ -447,16 +474,16 @@ def backward(dq, dk, dv, dbias, dbias2, dweight, dsinks, do, dlse, q, k, v, *mor
     of_dq, of_dk = "Q" if repeats_q else "q", "K" if repeats_k else "k"
     with launch.on(q):
         run(
-            "dq", c, f"{of_dq}QQ{of_o}Qqkk{of_o}Q", dq_to, shift, delta, do, dlse, q, k, v, o, lse,
+            "dq", c, f"{of_dq}Q{of_o}Qqkk{of_o}QQ", dq_to, known, do, dlse, q, k, v, o, lse, rest[:, :, 0],
             IS_EXACT=is_exact,
         )  # fmt: skip
-        run("dkdv", c, f"{of_dk}{of_dk}{of_o}Qqkk", dk_to, dv_to, do, pairs, q, k, v)
+        run("dkdv", c, f"{of_dk}{of_dk}{of_o}Qqkk", dk_to, dv_to, do, known, q, k, v)
         for term in terms:
-            gradients.run(*term, c, do, pairs)
+            gradients.run(*term, c, do, known)
         if repeats_q:
             groups.gather(dq, dq_to, c.slots_q)
         if repeats_k:
             groups.gather(dk, dk_to, c.slots_k)
             groups.gather(dv, dv_to, c.slots_k)
     if has_dsinks:
-        gradients.sinks(dsinks, sinks, lse, delta)
+        gradients.sinks(dsinks, sinks, lse, known)

@@ -59,6 +59,7 @@ class Call(NamedTuple):
     slots_k: Any
     by_slot: Any  # o has a row a slot
     is_plain: Any  # a band, and nothing beside scaling
+    topk: Any  # logits that a query keeps, or 0
 
     @property
     def lengths(self):
@@ -77,13 +78,13 @@ def call(
     q, k, v, bias, bias_index, bias2, bias2_index, weight, weight_index, sinks, visible, blocks, heads,
     cu_q, cu_k, seed, slots_q, slots_k, code, numbers,
 ):  # fmt: skip
-    scale, softcap, low, high, dropout, by_slot = numbers[:6]
+    scale, softcap, low, high, dropout, by_slot, topk = numbers
     num = None if slots_q is None else q.shape[0] * (cu_q.shape[0] - 1)
     first, second, factor = (
         terms.encode(*term, num)
         for term in ((bias, bias_index), (bias2, bias2_index), (weight, weight_index))
     )
-    score = scores.encode(scale, softcap, first, second)
+    score = scores.encode(scale, softcap, first, second, topk > 0)
     weigh = weights.encode(sinks, low, high, factor, seed, dropout)
     is_plain = len(code) == masks.WIDTH and code[0] == 0 and bool(score.IS_SCALE and weigh.IS_PLAIN)
     # In a row of the index one slot follows the other.
@@ -92,7 +93,7 @@ def call(
     )
     return Call(
         q, k, v, code, blocks, visible, score, weigh, heads, cu_q, cu_k, slots_q, slots_k, bool(by_slot),
-        is_plain and slots_k is None,
+        is_plain and slots_k is None, int(topk),
     )  # fmt: skip
 
 
@@ -123,9 +124,37 @@ def rows_of(c, t, of):
 
 # ---- In kernels ---------------------------------------------------------------------------------
 
+# What is known of a row lies side by side, [BM, 2] or beside float32 [BM, 4]: high, delta, low, dlse.  A tile,
+# because single loads of rows would be made by each of the threads that need one.
+
 
 @triton.jit
-def products(q, do, shift, k, v, place, hk, i0, j0, how, PARTIAL: tl.constexpr):
+def store_known(t, known, b, h, i0, N, BM: tl.constexpr, NARROW: tl.constexpr):
+    WIDTH: tl.constexpr = 2 if NARROW else 4
+    at = tl.arange(0, WIDTH)[None, :]
+    tile = tl.where(at == 0, known.high[:, None], known.delta[:, None])  # [BM, WIDTH]
+    if not NARROW:
+        tile = tl.where(at == 2, known.low[:, None], tile)
+        tile = tl.where(at == 3, known.dlse[:, None], tile)
+    rows.store(t, b, h, i0, tile, N, BM, WIDTH, WIDTH)
+
+
+@triton.jit
+def load_known(t, b, h, i0, N, BM: tl.constexpr, NARROW: tl.constexpr, CHECK: tl.constexpr):
+    WIDTH: tl.constexpr = 2 if NARROW else 4
+    tile = rows.load(t, b, h, i0, N, BM, WIDTH, WIDTH, CHECK)  # [BM, WIDTH]
+    at = tl.arange(0, WIDTH)[None, :]
+    high = tl.sum(tl.where(at == 0, tile, 0.0), 1)  # [BM]
+    delta = tl.sum(tl.where(at == 1, tile, 0.0), 1)
+    low, dlse = high, delta
+    if not NARROW:
+        low = tl.sum(tl.where(at == 2, tile, 0.0), 1)
+        dlse = tl.sum(tl.where(at == 3, tile, 0.0), 1)
+    return softmax.Known(high, low, delta, dlse)
+
+
+@triton.jit
+def products(q, do, known, k, v, place, hk, i0, j0, how, PARTIAL: tl.constexpr):
     """The keys j0 .. j0 + BN; their products s with BM queries, the softmax p, and dw = do . v."""
     NARROW: tl.constexpr = q.dtype != tl.float32
     BM: tl.constexpr = how.size.BM
@@ -138,7 +167,7 @@ def products(q, do, shift, k, v, place, hk, i0, j0, how, PARTIAL: tl.constexpr):
     s = dot(q, tl.trans(k_tile), tl.zeros([BM, BN], tl.float32))  # [BM, BN]
     x = scores.logits(how.score, s, place, i, j)
     factor = scores.factor(how.score) * softmax.unit(NARROW)
-    p = softmax.weights(x, factor, shift[:, None], NARROW)  # [BM, BN]
+    p = softmax.weights(x, factor, softmax.expand(known, 1), NARROW)  # [BM, BN]
     if PARTIAL:
         p = tl.where(masks.visible(how.mask, place, i, j) & (j < Nk), p, 0.0)
     dw = dot(do, tl.trans(v_tile), tl.zeros([BM, BN], tl.float32))  # [BM, BN]

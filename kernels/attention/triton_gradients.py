@@ -30,11 +30,18 @@ import torch
 import triton
 import triton.language as tl
 
-from fastattn.kernels.attention.triton_call import how, products, rows_of, tile_of_keys
+from fastattn.kernels.attention.triton_call import (
+    how,
+    load_known,
+    products,
+    rows_of,
+    tile_of_keys,
+)
 from fastattn.kernels.attention.triton_tiles import choose
 from fastattn.kernels.common import triton_masks as masks
 from fastattn.kernels.common import triton_pairs as pairs
 from fastattn.kernels.common import triton_rows as rows
+from fastattn.kernels.common import triton_softmax as softmax
 from fastattn.kernels.common import triton_terms as terms
 from fastattn.kernels.common import triton_weights as weights
 from fastattn.kernels.common.triton_dtypes import INTERPRETED
@@ -62,7 +69,7 @@ class Share(NamedTuple):
 
 @triton.jit(do_not_specialize=("group", "Nq", "Nk", "tiles_i", "tiles_j"))
 def attention_dterm(
-    out, table, q, k, v, do, shift_delta, how, share, group, Nq, Nk, tiles_i, tiles_j,
+    out, table, q, k, v, do, known, how, share, group, Nq, Nk, tiles_i, tiles_j,
     FORM: tl.constexpr, IS_WEIGHT: tl.constexpr, NUM_BINS: tl.constexpr,
 ):  # fmt: skip
     # Find the row of the gradient, the part, and the first tile.
@@ -96,7 +103,7 @@ def attention_dterm(
         bins = tl.zeros([1, NUM_BINS], tl.float32)
         for t in tl.range(0, tiles_j):
             total = _sum(
-                acc, q, k, v, do, shift_delta, how, share, b, h, part, group, Nq, Nk, ti, t,
+                acc, q, k, v, do, known, how, share, b, h, part, group, Nq, Nk, ti, t,
                 FORM, IS_WEIGHT,
             )  # fmt: skip
             at_j = t * BN + j
@@ -111,7 +118,7 @@ def attention_dterm(
         pairs.store(out, place, none + ti, first + tl.arange(0, NUM_BINS)[None, :], bins)
     else:
         total = _sum(
-            acc, q, k, v, do, shift_delta, how, share, b, h, part, group, Nq, Nk, ti, tj,
+            acc, q, k, v, do, known, how, share, b, h, part, group, Nq, Nk, ti, tj,
             FORM, IS_WEIGHT,
         )  # fmt: skip
         if FORM == "values":
@@ -135,7 +142,7 @@ def attention_dterm(
 
 @triton.jit
 def _sum(
-    acc, q, k, v, do, shift_delta, how, share, b, h, part, group, Nq, Nk, ti, tj,
+    acc, q, k, v, do, known, how, share, b, h, part, group, Nq, Nk, ti, tj,
     FORM: tl.constexpr, IS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """The tiles that a program owns, of its part of the (b, h), in a fixed order."""
@@ -171,13 +178,13 @@ def _sum(
                 at_i, at_j = ti + t, tj + t
             if tile_of_keys(how, here, at_i * BM, at_j * BN) != masks.NONE:
                 acc = _add(
-                    acc, q, k, v, do, shift_delta, how, here, group, at_i * BM, at_j * BN, IS_WEIGHT
+                    acc, q, k, v, do, known, how, here, group, at_i * BM, at_j * BN, IS_WEIGHT
                 )
     return acc
 
 
 @triton.jit
-def _add(acc, q, k, v, do, shift_delta, how, place, group, i0, j0, IS_WEIGHT: tl.constexpr):
+def _add(acc, q, k, v, do, known, how, place, group, i0, j0, IS_WEIGHT: tl.constexpr):
     """Add the gradient of the tile at (i0, j0), made again."""
     BM: tl.constexpr = how.size.BM
     b, h, Nq = place.b, place.h, place.Nq
@@ -185,17 +192,15 @@ def _add(acc, q, k, v, do, shift_delta, how, place, group, i0, j0, IS_WEIGHT: tl
     j = j0 + tl.arange(0, how.size.BN)[None, :]
     q_tile = rows.load(q, b, h, i0, Nq, BM, how.size.D, how.size.BD, True)  # [BM, BD]
     do_tile = rows.load(do, b, h, i0, Nq, BM, how.size.DV, how.size.BDV, True)  # [BM, BDV]
-    pair_tile = rows.load(shift_delta, b, h, i0, Nq, BM, 2, 2, True)  # [BM, 2]
-    is_shift = tl.arange(0, 2)[None, :] == 0
-    shift = tl.sum(tl.where(is_shift, pair_tile, 0.0), 1)  # [BM]
-    delta = tl.sum(tl.where(is_shift, 0.0, pair_tile), 1)  # [BM]
+    NARROW: tl.constexpr = q_tile.dtype != tl.float32
+    row = load_known(known, b, h, i0, Nq, BM, NARROW, True)
     hk = rows.key_head(how, h, group)
-    k_tile, s, p, dw = products(q_tile, do_tile, shift, k, v, place, hk, i0, j0, how, True)
+    k_tile, s, p, dw = products(q_tile, do_tile, row, k, v, place, hk, i0, j0, how, True)
     if IS_WEIGHT:
         grad = weights.weight_grad(how.weigh, p, dw, place, i, j)
     else:
         dp = weights.grad(how.weigh, p, dw, weights.factors(how.weigh, place, i, j))
-        grad = p * (dp - delta[:, None])
+        grad = softmax.grad(p, dp, softmax.expand(row, 1), NARROW)
     return acc + tl.where(i < Nq, grad, 0.0)
 
 
@@ -215,7 +220,7 @@ def _sort(bins, x, t_tile, first, begin, end, NUM_BINS: tl.constexpr):
 # ---- Launch -------------------------------------------------------------------------------------
 
 
-def run(grad, is_weight, values, index, c, do, shift_delta):
+def run(grad, is_weight, values, index, c, do, known):
     """Write the gradient of a bias or weight: of its values, or of its table if there are an index or two axes."""
     Hq, Hk, num = c.q.shape[1], c.k.shape[1], c.num
     Nq, Nk = c.lengths
@@ -265,10 +270,10 @@ def run(grad, is_weight, values, index, c, do, shift_delta):
     attention_dterm[(num_own * rows_b * rows_h * parts,)](
         pairs.pairs(out), terms.encode(values, index) if form == "index" else None,
         *(rows_of(c, t, "qkk"[n]) for n, t in enumerate((c.q, c.k, c.v))),
-        rows_of(c, do, "Q" if c.by_slot else "q"), rows_of(c, shift_delta, "Q"),
+        rows_of(c, do, "Q" if c.by_slot else "q"), rows_of(c, known, "Q"),
         how(c, BLOCK, BLOCK), share, Hq // Hk, Nq, Nk, *tiles,
         form, is_weight, bins if form == "index" else 1,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=not c.topk,
     )  # fmt: skip
     if is_table:
         grad.copy_(out.sum((0, 2)).view(grad.shape))
@@ -276,7 +281,8 @@ def run(grad, is_weight, values, index, c, do, shift_delta):
         grad.copy_(out.view(parts, *grad.shape).sum(0))
 
 
-def sinks(grad, given, lse, delta):
-    """The sink's share of each denominator times minus delta: its dp is 0."""
+def sinks(grad, given, lse, known):
+    """The sink's share of each denominator times dlse - delta: its dp is 0."""
+    delta = known[..., 1] - known[..., 3] if known.shape[-1] == 4 else known[..., 1]
     p = torch.exp(given.float()[:, None] - lse.float()).masked_fill(lse == float("-inf"), 0.0)
     grad.copy_(-(p * delta).sum((0, 2)))

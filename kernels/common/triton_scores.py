@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fastattn.kernels.common import triton_rows as rows
 from fastattn.kernels.common import triton_terms as terms
 from fastattn.kernels.common.triton_dtypes import narrow
 
@@ -31,17 +32,26 @@ class Score(NamedTuple):
     softcap: Any
     bias: Any
     bias2: Any
+    floor: Any  # of rows that keep their greatest logits, or None
     NUM_BIASES: Any  # constexpr
     IS_SCALE: Any  # constexpr: scaling is all
     MAY_HIDE: Any
 
 
-def encode(scale, softcap=0.0, bias=None, bias2=None):
+class Floor(NamedTuple):
+    """Of a row are kept the logits above ``value``, and those equal to it of the keys up to ``last``; triton_rows."""
+
+    value: Any
+    last: Any  # the bits of an int32
+
+
+def encode(scale, softcap=0.0, bias=None, bias2=None, keeps_some=False):
+    """A call that keeps some logits gets its ``floor`` when it is known."""
     num_biases = (bias is not None) + (bias2 is not None)
-    is_scale = not softcap and not num_biases
+    is_scale = not softcap and not num_biases and not keeps_some
     return Score(
-        scale, tl.constexpr(is_scale and scale < 0), softcap or None, bias, bias2,
-        *map(tl.constexpr, (num_biases, is_scale, num_biases > 0)),
+        scale, tl.constexpr(is_scale and scale < 0), softcap or None, bias, bias2, None,
+        *map(tl.constexpr, (num_biases, is_scale, num_biases > 0 or keeps_some)),
     )  # fmt: skip
 
 
@@ -70,7 +80,18 @@ def logits(score, s, place, i, j):
             s += terms.value(score.bias, place, i, j)
         if score.NUM_BIASES == 2:
             s += terms.value(score.bias2, place, i, j)
+        if score.floor is not None:
+            s = _kept(score.floor, s, place, i, j)
     return s
+
+
+@triton.jit
+def _kept(floor, x, place, i, j):
+    is_row, none = i < place.Nq, tl.zeros_like(i)
+    value = tl.load(rows.place(floor.value, place.b, place.h, i, none), mask=is_row, other=0.0)
+    last = tl.load(rows.place(floor.last, place.b, place.h, i, none), mask=is_row, other=0.0)
+    beyond = j > last.to(tl.int32, bitcast=True)
+    return tl.where((x < value) | ((x == value) & beyond), float("-inf"), x)
 
 
 @triton.jit

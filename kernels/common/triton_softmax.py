@@ -9,11 +9,26 @@ Beside float32 they stay natural: the backward pass forms its weights from lse, 
 to base 2 and back would double its error.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Known(NamedTuple):
+    """What the backward pass knows of a row: lse as high + low, delta = do . o, and the gradient of lse.
+
+    ``high`` is in the units of logits, and +inf if nothing is seen.  Only beside float32 are ``low`` and ``dlse``
+    read; elsewhere ``delta`` is  do . o - dlse.
+    """
+
+    high: Any
+    low: Any
+    delta: Any
+    dlse: Any
 
 
 @triton.jit
@@ -55,10 +70,15 @@ def join(acc, m, l, acc_part, m_part, l_part, NARROW: tl.constexpr):
 
 @triton.jit
 def finish(acc, m, l, NARROW: tl.constexpr):
-    """The output [BM, BDV] and the natural log of the softmax denominator [BM]."""
+    """The output [BM, BDV], the natural log of the softmax denominator [BM], and what rounding took from it."""
     l = tl.where(l == 0.0, 1.0, l)
     lse = (m + tl.log2(l)) * LN2 if NARROW else m + tl.log(l)
-    return acc / l[:, None], lse
+    rest = tl.zeros_like(lse)
+    if not NARROW:  # of a sum of two numbers, whichever is larger
+        part = lse - m
+        rest = (m - (lse - part)) + (tl.log(l) - part)
+        rest = tl.where(tl.abs(lse) < float("inf"), rest, 0.0)
+    return acc / l[:, None], lse, rest
 
 
 @triton.jit
@@ -76,11 +96,25 @@ def settled(x, factor, m, NARROW: tl.constexpr):
 
 @triton.jit
 def shift(lse, NARROW: tl.constexpr):
-    """What the backward pass subtracts from logits: lse in their units; +inf if nothing is seen."""
     return tl.where(lse == float("-inf"), float("inf"), lse * unit(NARROW))
 
 
 @triton.jit
-def weights(x, factor, shift, NARROW: tl.constexpr):
+def weights(x, factor, known, NARROW: tl.constexpr):
     """p = exp(logit - lse) from the logits factor * x."""
-    return _exp(x * factor - shift, NARROW)
+    p = _exp(x * factor - known.high, NARROW)
+    return p if NARROW else p - p * known.low
+
+
+@triton.jit
+def grad(p, dp, known, NARROW: tl.constexpr):
+    """ds = p (dp - delta + dlse), which is small where a row sees few keys: dlse comes last."""
+    return p * (dp - known.delta) if NARROW else p * ((dp - known.delta) + known.dlse)
+
+
+@triton.jit
+def expand(known, axis: tl.constexpr):
+    return Known(
+        tl.expand_dims(known.high, axis), tl.expand_dims(known.low, axis),
+        tl.expand_dims(known.delta, axis), tl.expand_dims(known.dlse, axis),
+    )  # fmt: skip

@@ -242,7 +242,7 @@ def decode_merge(o, lse, parts, stats, room, bounds, sinks, size, Hq, Nq, num_sp
         acc, m, l = softmax.join(acc, m, l, part, m_part, l_part, NARROW)
 
     # Divide and write.
-    o_tile, lse_tile = softmax.finish(acc, m, l, NARROW)
+    o_tile, lse_tile, rest = softmax.finish(acc, m, l, NARROW)
     rows.store(o, b, h, i, o_tile, Nq, 1, size.DV, size.BDV)
     rows.store_scalars(lse, b, h, i, lse_tile, Nq, 1)
 
