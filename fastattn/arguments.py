@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastattn.bias import Term, multiplier, terms
+from fastattn.bias import Term, fits, multiplier, named_sizes, shown, terms
 from fastattn.checks import number, unit_stride
 from fastattn.masks import Causal, Dense, Full, Mask, heads, lowered
 
@@ -56,13 +56,19 @@ def optional_arguments(
     visible = None
     if isinstance(mask, torch.Tensor) and mask.dtype is torch.bool:
         visible, mask = _broadcasts(function, "mask", mask, sizes), Dense()
+        if visible.numel() == 0:  # of no pair
+            visible, mask = None, None
     code, blocks = mask_code(function, mask, causal, Hq)
     added = terms(function, "bias", bias, pairs or sizes, q.dtype)
     first, second = (*added, Term(None), Term(None))[:2]  # type: ignore[arg-type]
     factor = multiplier(function, weight, pairs or sizes, q.dtype)
     if sinks is not None:
-        if not isinstance(sinks, torch.Tensor) or tuple(sinks.shape) != (Hq,):
-            given = list(sinks.shape) if isinstance(sinks, torch.Tensor) else type(sinks).__name__
+        if (
+            not isinstance(sinks, torch.Tensor)
+            or tuple(sinks.shape) != (Hq,)
+            or not sinks.is_floating_point()
+        ):
+            given = shown(sinks)
             raise ValueError(f"{function}: sinks is {given}; it takes a float tensor [Hq] = [{Hq}]")
         sinks = unit_stride(sinks.to(torch.promote_types(q.dtype, torch.float32)))
     softcap = 0.0 if softcap is None else _above_zero(function, "softcap", softcap)
@@ -92,9 +98,9 @@ def _broadcasts(
     function: str, name: str, t: torch.Tensor, sizes: tuple[int, int, int, int]
 ) -> torch.Tensor:
     wide = t[(None,) * (4 - t.dim())] if t.dim() <= 4 else t
-    if t.dim() > 4 or any(n not in (1, size) for n, size in zip(wide.shape, sizes)):
+    if t.dim() > 4 or not fits(wide.shape, sizes):
         raise ValueError(
-            f"{function}: {name} is {list(t.shape)}; it must broadcast to [B, Hq, Nq, Nk] = {list(sizes)}"
+            f"{function}: {name} is {list(t.shape)}; it must broadcast to {named_sizes(sizes)}"
         )
     return wide
 
@@ -110,7 +116,7 @@ def _clip(function: str, clip: Any) -> tuple[float, float]:
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise ValueError(f"{function}: clip is {clip!r}; it takes (gamma, zeta)")
     low, high = (number(function, "clip", x) for x in clip)
-    if not low <= 0.0 < high:
+    if not float("-inf") < low <= 0.0 < high < float("inf"):
         raise ValueError(
             f"{function}: clip is {(low, high)}; it takes gamma <= 0 < zeta, or hidden pairs would weigh"
         )
@@ -147,10 +153,10 @@ def _seed(function: str, seed: Any, device: torch.device) -> torch.Tensor:
         return torch.randint(1 << 62, (1,), device=device)
     if isinstance(seed, torch.Tensor) and seed.numel() == 1 and not seed.is_floating_point():
         return seed.to(device=device, dtype=torch.int64).reshape(1)
-    if isinstance(seed, int) and not isinstance(seed, bool):
+    if isinstance(seed, int) and not isinstance(seed, bool) and -(1 << 63) <= seed < 1 << 63:
         return torch.tensor([seed], dtype=torch.int64, device=device)
     raise ValueError(
-        f"{function}: seed is {seed!r}; it takes an integer, a tensor with one, or None"
+        f"{function}: seed is {seed!r}; it takes an integer of 64 bits, a tensor with one, or None"
     )
 
 

@@ -34,11 +34,16 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         seen.append((op, call, backend))
         raise _Enough
 
-    with torch.no_grad(), _replaced(record), contextlib.suppress(_Enough):
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        _replaced(record),
+        contextlib.suppress(_Enough),
+    ):
         function(*args, **kwargs)
     op, call, backend = seen[0]
     rows = op.render(call, only=[row.name for row in op.named(backend)] if backend else None)
-    return f"{rows}\nderivatives: {op.derivatives}"
+    return f"{rows}\nderivatives: {getattr(function, 'derivatives', op.derivatives)}"
 
 
 class _Enough(Exception):

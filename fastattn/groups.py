@@ -177,6 +177,8 @@ def _slots(name: str, t: torch.Tensor, is_regular: bool) -> torch.Tensor:
             else type(t).__name__
         )
         raise ValueError(f"Groups: {name} is {given}; it takes integers {axes}")
+    if t.dtype is torch.int64:  # what does not fit stays out of range
+        t = t.clamp(-(1 << 31), (1 << 31) - 1)
     t = t.to(torch.int32)
     flat = t.flatten(-2) if is_regular else t
     return flat.expand(*(1,) * (3 - flat.dim()), *flat.shape)[:, :, None]

@@ -488,7 +488,12 @@ def in_place(name: str, schema: str, run: Callable[..., None]) -> Callable[..., 
     op = _define(name, schema, change, lambda *args: None)
 
     def call(*args: Any, backend: str = "") -> None:
-        plain = not torch.compiler.is_compiling() and is_plain() and not args[0].is_meta
+        eager = not torch.compiler.is_compiling()
+        if (
+            eager and threading.get_ident() in _RECORDING
+        ):  # nothing is computed, and nothing written
+            return
+        plain = eager and is_plain() and not args[0].is_meta
         if plain and all(is_simple(args[i]) for i in tensors):
             change(*args, backend=backend)
         else:
@@ -591,6 +596,7 @@ def _shares(t: torch.Tensor, args: Sequence[Any]) -> bool:
 
 
 _REPLACING = threading.RLock()
+_RECORDING: set[int] = set()  # threads whose calls are answered by another function
 
 
 @contextlib.contextmanager
@@ -607,11 +613,14 @@ def _replaced(call: Callable[..., Any]) -> Iterator[None]:
         return here
 
     with _REPLACING:
-        before = {name: op.call for name, op in OPS.items()}
+        before, outermost = {name: op.call for name, op in OPS.items()}, thread not in _RECORDING
         for name, run in before.items():
             OPS[name].call = instead(OPS[name], run)  # type: ignore[method-assign]
+        _RECORDING.add(thread)
         try:
             yield
         finally:
+            if outermost:
+                _RECORDING.discard(thread)
             for name, run in before.items():
                 OPS[name].call = run  # type: ignore[method-assign]

@@ -66,10 +66,10 @@ def test_column_attention_normalises_over_queries(mask, kind):
     ("call", "sentence"),
     [
         (lambda q, k: fa.attention_importance(q, k, query_weight=torch.ones(4)),
-         "attention_importance: query_weight is [4]; it must broadcast to [B, Hq, Nq] = [2, 4, 9]"),
+         "attention_importance: query_weight is float32[4] on cpu; it takes floats on cpu that broadcast to [B, Hq, Nq] = [2, 4, 9]"),
         (lambda q, k: fa.attention_importance(q, k[:, :3]), "Hq is 4 and Hk is 3; Hq must be a multiple of Hk"),
         (lambda q, k: fa.column_attention(q, k[:, :2], k[:, :2]), "H is 4 in q but 2 in k"),
-        (lambda q, k: fa.column_attention(q, k, k, sender_weight=torch.ones(4)), "it must broadcast to [B, H, Nk] = [2, 4, 13]"),
+        (lambda q, k: fa.column_attention(q, k, k, sender_weight=torch.ones(4)), "it takes floats on cpu that broadcast to [B, H, Nk] = [2, 4, 13]"),
     ],
 )  # fmt: skip
 def test_refusals(call, sentence):
@@ -186,3 +186,73 @@ def test_a_seed_decides_and_torch_draws_it_when_none_is_given():
         drawn.append(fa.attention(q, k, v, dropout=0.5))
     assert torch.equal(*drawn)
     assert not torch.equal(drawn[0], fa.attention(q, k, v, dropout=0.5))
+
+
+def test_second_derivatives_of_sums_over_queries_are_refused():
+    q, k = torch.randn(1, 2, 4, 8, requires_grad=True), torch.randn(1, 2, 5, 8)
+    for function in (lambda: fa.attention_importance(q, k), lambda: fa.column_attention(q, k, k)):
+        (g,) = torch.autograd.grad(function().square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+            torch.autograd.grad(g.square().sum(), q)
+    assert "second ones are refused" in fa.explain(fa.attention_importance, q, k)
+
+
+def test_sums_over_queries_compile_without_gradients():
+    q = torch.randn(1, 4, 7, 8)
+    found = torch.compile(
+        lambda q: fa.attention_importance(q, q), fullgraph=True, backend="aot_eager"
+    )(q)
+    assert torch.equal(found, fa.attention_importance(q, q))
+
+
+def test_learned_biases_of_modules_compile_for_all_shapes():
+    class Slopes(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slopes = torch.nn.Parameter(torch.rand(4))
+
+        def forward(self, q, k):
+            return fa.attention(q, k, k, bias=fa.bias.ALiBi(self.slopes))
+
+    module, q, k = Slopes(), torch.randn(1, 4, 7, 8), torch.randn(1, 2, 9, 8)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k), module(q, k))
+
+
+def test_explain_writes_nothing_and_draws_nothing():
+    cache, q = torch.zeros(1, 2, 9, 8), torch.randn(1, 2, 1, 8)
+    before = torch.random.get_rng_state()
+    text = fa.explain(
+        fa.attention_decode, q, cache, cache.clone(), torch.tensor([3]), k_new=q, v_new=q, dropout=0.5
+    )  # fmt: skip
+    assert text.startswith("attention(")
+    fa.explain(fa.attention, q, q, q, dropout=0.5)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert not cache.any()
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (5, 6), (2, 1, 3, 3), (3, 1), (1, 3)])
+def test_bool_masks_of_packed_sequences(shape):
+    x, ends = torch.randn(4, 2, 8), torch.tensor([0, 1, 4], dtype=torch.int32)
+    mask = torch.rand(shape) > 0.4
+    found = fa.attention_varlen(x, x, x, ends, mask=mask)
+    assert torch.equal(found, fa.attention_varlen(x, x, x, ends, mask=mask, backend="cpu"))
+    wanted = fa.attention_varlen(x, x, x, ends, mask=mask, backend="reference")
+    torch.testing.assert_close(found, wanted)
+
+
+def test_bool_masks_of_no_pair():
+    q, none = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 0, 8)
+    assert not fa.attention(q, none, none, mask=torch.ones(3, 0, dtype=torch.bool)).any()
+
+
+def test_more_logits_than_there_are_keys():
+    q = torch.randn(1, 2, 4, 8)
+    for topk in (1 << 63, 10**400):
+        assert torch.equal(fa.topk_attention(q, q, q, topk), fa.attention(q, q, q))
+
+
+def test_numbers_of_tokens_beyond_32_bits_are_refused():
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="names token"):
+        fa.grouped_attention(q, q, q, fa.Groups(torch.tensor([[1, 1 << 32]])))

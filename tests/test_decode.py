@@ -382,7 +382,7 @@ REFUSED = {
     "table": ((Q, POOL, t(5, 3, 2, 6), L), {"block_table": TABLE[:1]},
               "block_table is int32[1, 2] on cpu; with q float32[2, 4, 1, 8] on cpu it takes "
               "[2, pages of a sequence] of int32 or int64"),
-    "sinks": ((Q, K, V, L), {"sinks": t(2)}, "sinks is [2]; it takes a float tensor [Hq] = [4]"),
+    "sinks": ((Q, K, V, L), {"sinks": t(2)}, "sinks is float32 [2]; it takes a float tensor [Hq] = [4]"),
     "bias": ((Q, K, V, L), {"bias": 3},
              "bias is int; it takes a float tensor, Toeplitz or Relative, ALiBi, KeyBias, or a list of them"),
     "slopes": ((Q, K, V, L), {"bias": SimpleNamespace(slopes=t(3))},
@@ -538,3 +538,21 @@ def test_kernels_check_shapes_because_torch_ops_does_not(best_cpu):
     new = (t(2, 2, 1, 8), t(2, 2, 2, 6))
     with pytest.raises(ValueError, match="they differ before the last axis"):
         torch.ops.fastattn.attention_decode_append(K, V, *new, L, None, backend=best_cpu)
+
+
+@pytest.mark.parametrize("what", ["bias", "weight"])
+@pytest.mark.parametrize("shape", [(2, 4, 1, 5), (1, 4, 1, 8)])
+def test_sizes_are_refused_before_anything_is_written(what, shape):
+    k, v = torch.zeros(2, 2, 9, 8), torch.zeros(2, 2, 9, 6)
+    new = {"k_new": t(2, 2, 1, 8), "v_new": t(2, 2, 1, 6)}
+    with pytest.raises(
+        ValueError, match=rf"{what} is for \[1, {shape[3]}\]; it takes \[Nq, Nmax\]"
+    ):
+        fa.attention_decode(Q, k, v, n(3, 4), **new, **{what: torch.randn(shape)})
+    assert not k.any()
+
+
+def test_a_second_bias_that_requires_grad_is_refused():
+    table = torch.randn(4, 23, requires_grad=True)
+    with pytest.raises(ValueError, match="bias requires grad"):
+        fa.attention_decode(Q, K, V, L, bias=[t(2, 4, 1, 9), fa.bias.Toeplitz(table)])

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 
 from fastattn.arguments import optional_arguments, scale_of
-from fastattn.checks import Axes, grouped_heads, unit_stride
+from fastattn.bias import fits, named_sizes
+from fastattn.checks import Axes, described, grouped_heads, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.attention.api import OP
 from fastattn.masks import Mask
 from fastattn.op import autocast
+from fastattn.transforms import Once
 
 SCORED = Axes("attention_importance", q="B Hq Nq D", k="B Hk Nk D")
 COLUMNS = Axes("column_attention", q="B H Nq D", k="B H Nk D", v="B H Nk Dv")
+SUMS = "attention_importance and column_attention"
 
 
 class _Transposed(torch.autograd.Function):
@@ -47,17 +50,20 @@ class _Transposed(torch.autograd.Function):
         ctx.others = backend, code, numbers
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor, *_: Any) -> Any:
         (q, k, u, lse, rest, *extras), (backend, code, numbers) = ctx.saved_tensors, ctx.others
-        dy = unit_stride(dy)
-        o = OP.call(q, k, dy, *extras, code, numbers, backend=backend)[0]
         wanted = ctx.needs_input_grad[3:]
         needs = [wanted[0], wanted[1], False, wanted[3], wanted[5], wanted[7], wanted[9]]
-        dq, dk, _, dbias, dbias2, dweight, dsinks = OP.call_backward(
-            u, None, q, k, dy, *extras, o, lse, rest, code, numbers, needs, backend=backend
-        )
+        with torch.no_grad():
+            dy_ = unit_stride(dy)
+            o = OP.call(q, k, dy_, *extras, code, numbers, backend=backend)[0]
+            dq, dk, _, dbias, dbias2, dweight, dsinks = OP.call_backward(
+                u, None, q, k, dy_, *extras, o, lse, rest, code, numbers, needs, backend=backend
+            )
         found = (dq, dk, o, dbias, None, dbias2, None, dweight, None, dsinks)
+        if torch.is_grad_enabled():
+            once: Any = Once.apply
+            found = once(SUMS, len(found), *found, dy, q, k, u, *extras)
         return (
             None,
             None,
@@ -79,7 +85,13 @@ def _transposed(
         *(options.get(name) for name in names), 0.0, None,
     )  # fmt: skip
     chosen = PROCESS.backend("attention", backend)
-    run: Any = _Transposed.apply
+    tensors = (q, k, u, *extras)
+    if torch.compiler.is_compiling() and not any(
+        t is not None and t.requires_grad for t in tensors
+    ):
+        run: Any = _Transposed.forward  # the compiler takes no Function that has nothing to do
+    else:
+        run = _Transposed.apply
     if u is q or u is k:
         u = u.view_as(u)  # torch.compile takes no tensor twice
     if q is k:
@@ -123,11 +135,7 @@ def attention_importance(
     if query_weight is None:
         u = q.new_ones(1, 1, 1, 1).expand(B, Hq, Nq, 1)
     else:
-        given = query_weight.shape
-        if len(given) > 3 or any(n not in (1, size) for n, size in zip(given[::-1], (Nq, Hq, B))):
-            raise ValueError(
-                f"attention_importance: query_weight is {list(given)}; it must broadcast to [B, Hq, Nq] = {[B, Hq, Nq]}"
-            )
+        _check("attention_importance", "query_weight", query_weight, (B, Hq, Nq), "B, Hq, Nq", q)
         u = query_weight.to(q.dtype).expand(B, Hq, Nq)[..., None]
     return _transposed(
         "attention_importance", q, k, u, mask, causal, scale, backend, bias=bias, softcap=softcap, sinks=sinks,
@@ -164,12 +172,32 @@ def column_attention(
     if isinstance(mask, Mask):
         mask = mask.transposed(Nq, Nk)
     elif isinstance(mask, torch.Tensor):
+        if mask.dim() > 4 or not fits(mask.shape[::-1], (Nk, Nq, H, B)):
+            raise ValueError(
+                f"column_attention: mask is {list(mask.shape)}; it must broadcast to {named_sizes((B, H, Nq, Nk))}"
+            )
         mask = mask.expand(*mask.shape[:-2], Nq, Nk).mT if mask.dim() > 1 else mask[..., None]
     if sender_weight is not None:
-        given = sender_weight.shape
-        if len(given) > 3 or any(n not in (1, size) for n, size in zip(given[::-1], (Nk, H, B))):
-            raise ValueError(
-                f"column_attention: sender_weight is {list(given)}; it must broadcast to [B, H, Nk] = {[B, H, Nk]}"
-            )
+        _check("column_attention", "sender_weight", sender_weight, (B, H, Nk), "B, H, Nk", q)
         v = v * sender_weight[..., None].to(v.dtype)
     return _transposed("column_attention", k, q, v, mask, False, scale, backend)
+
+
+def _check(
+    function: str, name: str, t: Any, sizes: tuple[int, ...], axes: str, q: torch.Tensor
+) -> None:
+    if (
+        not isinstance(t, torch.Tensor)
+        or not t.is_floating_point()
+        or t.device != q.device
+        or t.dim() > 3
+        or not fits(t.shape[::-1], sizes[::-1])
+    ):
+        raise ValueError(
+            f"{function}: {name} is {described(t)}; it takes floats on {q.device} that broadcast to "
+            f"{named_sizes(sizes, axes)}"
+        )
+
+
+for _function in (attention_importance, column_attention):
+    _function.derivatives = "by the kernels; second ones are refused"  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from fastattn.arguments import optional_arguments, scale_of
 from fastattn.checks import Axes, grouped_heads, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.attention.api import OP, TOPK
-from fastattn.masks import Mask
+from fastattn.masks import UNBOUNDED, Mask
 from fastattn.op import autocast
 
 AXES = Axes("topk_attention", q="B Hq Nq D", k="B Hk Nk D", v="B Hk Nk Dv")
@@ -73,7 +73,7 @@ def topk_attention(
         unit_stride(v),
         *extras,
         code,
-        [*numbers[:TOPK], float(count)],
+        [*numbers[:TOPK], float(min(count, UNBOUNDED))],
         backend=PROCESS.backend("attention", backend),
     )
     return (o, lse) if return_lse else o

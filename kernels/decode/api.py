@@ -11,7 +11,7 @@ import torch
 
 from fastattn.arguments import optional_arguments, scale_of
 from fastattn.backends import at_most, cpu, reference, takes, triton
-from fastattn.bias import ALiBi, KeyBias, Relative, Toeplitz, expand, terms
+from fastattn.bias import ALiBi, KeyBias, Relative, Toeplitz, expand, fits, terms
 from fastattn.checks import Axes, described, grouped_heads, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.decode import packed
@@ -436,10 +436,12 @@ def attention_decode(
     )  # fmt: skip
     if is_alibi:
         slopes = _slopes(slopes.to(q.device), Hq, q)
+    if not torch.compiler.is_compiling():  # which would compile for these sizes alone
+        _check_sizes(extras, Nq, room)
     if torch.is_grad_enabled():
         _refuse_gradients(
             q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new, sinks=sinks, weight=extras[4],
-            bias=slopes if is_alibi else extras[0],
+            bias=slopes if is_alibi else extras[0], bias2=extras[2],
         )  # fmt: skip
     backend = PROCESS.backend("attention_decode", backend)
     if num_splits is not None and (
@@ -475,6 +477,27 @@ def attention_decode(
 # ---- Refusals -------------------------------------------------------------------------------------------
 
 
+def _check_sizes(extras: Any, Nq: int, room: int) -> None:
+    """What kernels would find too small for a sequence, when the new tokens are written already."""
+    for name, values, index in zip(("bias", "bias", "weight"), extras[:6:2], extras[1:6:2]):
+        if values is None or room == 0:
+            continue
+        if index is not None:
+            held, wanted, fine = (
+                index.shape,
+                f"index [Nq, Nmax] = [{Nq}, {room}]",
+                index.shape == (Nq, room),
+            )
+        elif values.dim() == 2:
+            wanted = f"a table of 2 L - 1 offsets with L >= {max(Nq, room)}"
+            held, fine = values.shape, values.shape[1] + 1 >= 2 * max(Nq, room)
+        else:
+            held, wanted = values.shape[2:], f"[Nq, Nmax] = [{Nq}, {room}], or 1"
+            fine = fits(held, (Nq, room))
+        if not fine:
+            raise ValueError(f"attention_decode: {name} is for {list(held)}; it takes {wanted}")
+
+
 def _check_integers(name: str, t: Any, shape: tuple[int | None, ...], q: torch.Tensor) -> None:
     if (
         isinstance(t, torch.Tensor)
@@ -507,6 +530,7 @@ def _slopes(t: torch.Tensor, Hq: int, q: torch.Tensor) -> torch.Tensor:
 
 def _refuse_gradients(**tensors: torch.Tensor | None) -> None:
     for name, t in tensors.items():
+        name = name.removesuffix("2")  # the second bias
         if t is not None and t.requires_grad:
             raise ValueError(
                 f"attention_decode: {name} requires grad, and this function is for inference: call it under "

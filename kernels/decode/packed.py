@@ -83,16 +83,15 @@ def attend(
     """o [B, Hq, Nq, Dv] and lse; ``extras`` are the op's arguments between v and the mask."""
     B, Hq, Nq, D = q.shape
     Hk = k_cache.shape[1 if block_table is None else 2]
-    ends_k, slots = INDEX(
-        lengths, block_table, new, room, *k_cache.shape[:2], Hk if block_table is None else 1
-    )
+    is_paged, heads = block_table is not None, 1 if B == 1 or block_table is not None else Hk
+    ends_k, slots = INDEX(lengths, block_table, new, room, *k_cache.shape[:2], heads)
     ends_q = torch.arange(B + 1, dtype=torch.int32, device=q.device) * Nq
     ours = {"cu_q": ends_q, "cu_k": ends_k, "slots_k": slots}
     op = OPS["attention"]
     names = op.arguments[3:-2]
     o, lse, _ = op.call(
         q.transpose(0, 1).reshape(1, Hq, B * Nq, D),
-        *(_rows(cache, block_table is not None, Hk) for cache in (k_cache, v_cache)),
+        *(_rows(cache, is_paged, Hk) for cache in (k_cache, v_cache)),
         *(ours.get(name, t) for name, t in zip(names, extras)),
         mask,
         numbers,
@@ -108,5 +107,7 @@ def _rows(cache: torch.Tensor, is_paged: bool, Hk: int) -> torch.Tensor:
     """A cache as [1, Hk, rows, D], of which ``INDEX`` counts the rows."""
     if is_paged:
         return unit_stride(cache).flatten(0, 1).transpose(0, 1)[None]
+    if cache.shape[0] == 1:
+        return unit_stride(cache)
     rows = unit_stride(cache).flatten(0, 2)
     return rows.expand(1, Hk, *rows.shape)
