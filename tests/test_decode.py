@@ -541,14 +541,15 @@ def test_kernels_check_shapes_because_torch_ops_does_not(best_cpu):
 
 
 @pytest.mark.parametrize("what", ["bias", "weight"])
-@pytest.mark.parametrize("shape", [(2, 4, 1, 5), (1, 4, 1, 8)])
+@pytest.mark.parametrize("shape", [(2, 4, 1, 5), (1, 4, 1, 7)])
 def test_sizes_are_refused_before_anything_is_written(what, shape):
     k, v = torch.zeros(2, 2, 9, 8), torch.zeros(2, 2, 9, 6)
     new = {"k_new": t(2, 2, 1, 8), "v_new": t(2, 2, 1, 6)}
     with pytest.raises(
-        ValueError, match=rf"{what} is for \[1, {shape[3]}\]; it takes \[Nq, Nmax\]"
+        ValueError,
+        match=rf"{what} is for \[1, {shape[3]}\]; it takes \[Nq, Nk\] = \[1, 8 or more\]",
     ):
-        fa.attention_decode(Q, k, v, n(3, 4), **new, **{what: torch.randn(shape)})
+        fa.attention_decode(Q, k, v, n(3, 7), **new, **{what: torch.randn(shape)})
     assert not k.any()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fastattn.arguments import optional_arguments, scale_of
 from fastattn.backends import at_most, cpu, reference, takes, triton
-from fastattn.bias import ALiBi, KeyBias, Relative, Toeplitz, expand, fits, terms
+from fastattn.bias import ALiBi, KeyBias, Relative, Toeplitz, expand, terms
 from fastattn.checks import Axes, described, grouped_heads, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.decode import packed
@@ -31,6 +31,7 @@ from fastattn.masks import (
     pairs,
 )
 from fastattn.op import Case, Cost, Op, in_place
+from fastattn.transforms import is_plain
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 INTEGERS = (torch.int32, torch.int64)
@@ -436,8 +437,8 @@ def attention_decode(
     )  # fmt: skip
     if is_alibi:
         slopes = _slopes(slopes.to(q.device), Hq, q)
-    if not torch.compiler.is_compiling():  # which would compile for these sizes alone
-        _check_sizes(extras, Nq, room)
+    if not torch.compiler.is_compiling() and is_plain():
+        _check_sizes(extras, Nq, lengths, new)
     if torch.is_grad_enabled():
         _refuse_gradients(
             q=q, k_cache=k_cache, v_cache=v_cache, k_new=k_new, v_new=v_new, sinks=sinks, weight=extras[4],
@@ -477,23 +478,23 @@ def attention_decode(
 # ---- Refusals -------------------------------------------------------------------------------------------
 
 
-def _check_sizes(extras: Any, Nq: int, room: int) -> None:
+def _check_sizes(extras: Any, Nq: int, lengths: torch.Tensor, new: int) -> None:
     """What kernels would find too small for a sequence, when the new tokens are written already."""
+    if not lengths.is_cpu or not lengths.numel():
+        return
+    longest = int(lengths.max()) + new
     for name, values, index in zip(("bias", "bias", "weight"), extras[:6:2], extras[1:6:2]):
-        if values is None or room == 0:
+        if values is None:
             continue
+        wanted = f"[Nq, Nk] = [{Nq}, {longest} or more]"
         if index is not None:
-            held, wanted, fine = (
-                index.shape,
-                f"index [Nq, Nmax] = [{Nq}, {room}]",
-                index.shape == (Nq, room),
-            )
+            held, fine = index.shape, index.shape[0] >= Nq and index.shape[1] >= longest
         elif values.dim() == 2:
-            wanted = f"a table of 2 L - 1 offsets with L >= {max(Nq, room)}"
-            held, fine = values.shape, values.shape[1] + 1 >= 2 * max(Nq, room)
+            held, wanted = values.shape, f"2 L - 1 offsets with L >= {max(Nq, longest)}"
+            fine = values.shape[1] + 1 >= 2 * max(Nq, longest)
         else:
-            held, wanted = values.shape[2:], f"[Nq, Nmax] = [{Nq}, {room}], or 1"
-            fine = fits(held, (Nq, room))
+            held, wanted = values.shape[2:], wanted + ", or 1"
+            fine = held[0] in (1, Nq) and (held[1] == 1 or held[1] >= longest)
         if not fine:
             raise ValueError(f"attention_decode: {name} is for {list(held)}; it takes {wanted}")
 
