@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from fastattn.bias import Term, fits, multiplier, named_sizes, shown, terms
-from fastattn.checks import number, unit_stride
+from fastattn.bias import Term, multiplier, terms
+from fastattn.checks import described, fits, named_sizes, number, unit_stride
 from fastattn.masks import Causal, Dense, Full, Mask, heads, lowered
 
 FULL = lowered(Full())
@@ -68,8 +68,9 @@ def optional_arguments(
             or tuple(sinks.shape) != (Hq,)
             or not sinks.is_floating_point()
         ):
-            given = shown(sinks)
-            raise ValueError(f"{function}: sinks is {given}; it takes a float tensor [Hq] = [{Hq}]")
+            raise ValueError(
+                f"{function}: sinks is {described(sinks)}; it takes a float tensor [Hq] = [{Hq}]"
+            )
         sinks = unit_stride(sinks.to(torch.promote_types(q.dtype, torch.float32)))
     softcap = 0.0 if softcap is None else _above_zero(function, "softcap", softcap)
     low, high = (0.0, 1.0) if clip is None else _clip(function, clip)
@@ -118,7 +119,7 @@ def _clip(function: str, clip: Any) -> tuple[float, float]:
     low, high = (number(function, "clip", x) for x in clip)
     if not float("-inf") < low <= 0.0 < high < float("inf"):
         raise ValueError(
-            f"{function}: clip is {(low, high)}; it takes gamma <= 0 < zeta, or hidden pairs would weigh"
+            f"{function}: clip is {(low, high)}; it takes finite gamma <= 0 < zeta, or hidden pairs would weigh"
         )
     return low, high
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastattn.checks import fits, named_sizes
+
 __all__ = ["ALiBi", "Bias", "KeyBias", "Relative", "Toeplitz"]
 
 
@@ -47,7 +49,7 @@ class Relative(Bias):
     def __init__(self, table: torch.Tensor, index: torch.Tensor) -> None:
         self.table = _table("Relative", "table", table, "T", "H")
         if not isinstance(index, torch.Tensor) or index.is_floating_point() or index.dim() != 2:
-            raise ValueError(f"Relative: index is {shown(index)}; it takes integers [Nq, Nk]")
+            raise ValueError(f"Relative: index is {_shown(index)}; it takes integers [Nq, Nk]")
         self.index = index
 
     @staticmethod
@@ -183,7 +185,7 @@ def _term(
     allowed = "a float tensor, Toeplitz or Relative" + (
         "" if name == "weight" else ", ALiBi, KeyBias, or a list of them"
     )
-    raise ValueError(f"{function}: {name} is {shown(given)}; it takes {allowed}")
+    raise ValueError(f"{function}: {name} is {_shown(given)}; it takes {allowed}")
 
 
 def _join(found: list[Term]) -> list[Term]:
@@ -239,7 +241,7 @@ def expand(values: torch.Tensor, index: torch.Tensor | None, Nq: int, Nk: int) -
 def _table(function: str, name: str, t: Any, *axes: str) -> torch.Tensor:
     if not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.dim() != len(axes):
         raise ValueError(
-            f"{function}: {name} is {shown(t)}; it takes a float tensor [{', '.join(axes)}]"
+            f"{function}: {name} is {_shown(t)}; it takes a float tensor [{', '.join(axes)}]"
         )
     return t
 
@@ -250,16 +252,6 @@ def _fits(function: str, name: str, t: torch.Tensor, sizes: Sequence[int], axes:
         raise ValueError(
             f"{function}: {name} is {list(t.shape)}; each axis of {named_sizes(sizes, axes)} may also be 1"
         )
-
-
-def fits(shape: Sequence[int], sizes: Sequence[int]) -> bool:
-    # Not ``in``: torch.compile does not ask a symbol there whether it is this number.
-    return all(n == 1 or size < 0 or n == size for n, size in zip(shape, sizes))
-
-
-def named_sizes(sizes: Sequence[int], axes: str = "B, Hq, Nq, Nk") -> str:
-    """ "[B, Hq, Nq, Nk] = [2, 4, any, any]", where kernels look at the sizes that are negative."""
-    return f"[{axes}] = [{', '.join('any' if n < 0 else str(n) for n in sizes)}]"
 
 
 def _in_range(function: str, name: str, index: torch.Tensor, size: int) -> None:
@@ -282,7 +274,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def shown(given: Any) -> str:
+def _shown(given: Any) -> str:
     if isinstance(given, torch.Tensor):
         return f"{str(given.dtype).removeprefix('torch.')} {list(given.shape)}"
     return type(given).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,16 @@ def given(value: Any) -> str:
 def grouped_heads(function: str, Hq: int, Hk: int) -> None:
     if Hq != Hk and (Hk == 0 or Hq % Hk):
         raise ValueError(f"{function}: Hq is {Hq} and Hk is {Hk}; Hq must be a multiple of Hk")
+
+
+def fits(shape: Sequence[int], sizes: Sequence[int]) -> bool:
+    # Not ``in``: torch.compile does not ask a symbol there whether it is this number.
+    return all(n == 1 or size < 0 or n == size for n, size in zip(shape, sizes))
+
+
+def named_sizes(sizes: Sequence[int], axes: str = "B, Hq, Nq, Nk") -> str:
+    """ "[B, Hq, Nq, Nk] = [2, 4, any, any]", where kernels look at the sizes that are negative."""
+    return f"[{axes}] = [{', '.join('any' if n < 0 else str(n) for n in sizes)}]"
 
 
 def shown(*values: Any) -> str:

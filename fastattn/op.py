@@ -488,18 +488,20 @@ def in_place(name: str, schema: str, run: Callable[..., None]) -> Callable[..., 
     op = _define(name, schema, change, lambda *args: None)
 
     def call(*args: Any, backend: str = "") -> None:
-        eager = not torch.compiler.is_compiling()
-        if (
-            eager and threading.get_ident() in _RECORDING
-        ):  # nothing is computed, and nothing written
-            return
-        plain = eager and is_plain() and not args[0].is_meta
-        if plain and all(is_simple(args[i]) for i in tensors):
+        if not torch.compiler.is_compiling() and threading.get_ident() in _RECORDING:
+            return  # nothing is computed, and nothing written
+        if _goes_straight([args[i] for i in tensors]):
             change(*args, backend=backend)
         else:
             op(*args, backend=backend)
 
     return call
+
+
+def _goes_straight(tensors: Sequence[Any]) -> bool:
+    """Whether the dispatcher would only add its overhead to a call on these."""
+    plain = not torch.compiler.is_compiling() and is_plain() and not tensors[0].is_meta
+    return plain and all(is_simple(t) for t in tensors)
 
 
 def opaque(
@@ -512,10 +514,8 @@ def opaque(
     op = _define(name, schema, _ignoring_backend(run), fake)
 
     def call(*args: Any, backend: str = "") -> Any:
-        plain = not torch.compiler.is_compiling() and is_plain() and not args[0].is_meta
-        if plain and all(is_simple(t) for t in args if isinstance(t, torch.Tensor)):
-            return run(*args)
-        return op(*args)
+        straight = _goes_straight([t for t in args if isinstance(t, torch.Tensor)])
+        return (run if straight else op)(*args)
 
     register_vmap(None, name, call, _names(schema.split("->")[0]), _LIB)
     return call

@@ -14,7 +14,7 @@ import torch
 
 import fastattn as fa
 from fastattn.masks import Causal, Full, Window
-from fastattn.op import OPS
+from fastattn.op import OPS, _replaced
 from fastattn.testing import Result, check, poisoned, run
 
 OP = OPS["attention_decode"]
@@ -382,7 +382,7 @@ REFUSED = {
     "table": ((Q, POOL, t(5, 3, 2, 6), L), {"block_table": TABLE[:1]},
               "block_table is int32[1, 2] on cpu; with q float32[2, 4, 1, 8] on cpu it takes "
               "[2, pages of a sequence] of int32 or int64"),
-    "sinks": ((Q, K, V, L), {"sinks": t(2)}, "sinks is float32 [2]; it takes a float tensor [Hq] = [4]"),
+    "sinks": ((Q, K, V, L), {"sinks": t(2)}, "sinks is float32[2] on cpu; it takes a float tensor [Hq] = [4]"),
     "bias": ((Q, K, V, L), {"bias": 3},
              "bias is int; it takes a float tensor, Toeplitz or Relative, ALiBi, KeyBias, or a list of them"),
     "slopes": ((Q, K, V, L), {"bias": SimpleNamespace(slopes=t(3))},
@@ -557,3 +557,12 @@ def test_a_second_bias_that_requires_grad_is_refused():
     table = torch.randn(4, 23, requires_grad=True)
     with pytest.raises(ValueError, match="bias requires grad"):
         fa.attention_decode(Q, K, V, L, bias=[t(2, 4, 1, 9), fa.bias.Toeplitz(table)])
+
+
+def test_triton_refuses_by_itself_what_its_kernel_does_not_read():
+    """``attention_decode`` sends such calls elsewhere; torch.ops, and code compiled before, do not."""
+    op, seen = OPS["attention_decode"], []
+    with _replaced(lambda op, *args, backend="": (seen.append(args), op.fake(*args))[1]):
+        fa.attention_decode(Q, K, V, L, bias=t(2, 4, 1, 9))
+    with pytest.raises(fa.Unsupported, match=r"pairs is True \(takes False\)"):
+        op.call(*seen[0], backend="triton")

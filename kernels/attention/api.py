@@ -35,7 +35,8 @@ PACKED = Axes("attention_varlen", q="Tq Hq D", k="Tk Hk D", v="Tk Hk Dv")
 #   cu_q, cu_k            int32: sequences end to end; then B = 1, and the biases' B counts sequences
 #   seed                  int64 [1], of dropout
 #   slots_q, slots_k      int32 [B|1, heads, 1 or 2, slots]: the token of each slot of a group, -1 for none, and its label;
-#                         then cu_q and cu_k are the ends of groups, biases are by slot and their B counts groups
+#                         then cu_q and cu_k are the ends of groups, biases are by slot and their B counts groups;
+#                         slots_k alone: packed queries, and keys that lie where it says (the forward pass of decoding)
 # The result `rest` [B, Hq, 1 or 3, Nq] is for the backward pass alone: what rounding took from lse; and of queries that
 # keep some logits, the least of them and the last key that has it.
 EXTRAS = (

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from fastattn.arguments import optional_arguments, scale_of
-from fastattn.bias import fits, named_sizes
-from fastattn.checks import Axes, described, grouped_heads, unit_stride
+from fastattn.checks import Axes, described, fits, grouped_heads, named_sizes, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.attention.api import OP
 from fastattn.masks import Mask
@@ -55,10 +54,22 @@ class _Transposed(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3:]
         needs = [wanted[0], wanted[1], False, wanted[3], wanted[5], wanted[7], wanted[9]]
         with torch.no_grad():
-            dy_ = unit_stride(dy)
-            o = OP.call(q, k, dy_, *extras, code, numbers, backend=backend)[0]
+            upstream = unit_stride(dy)
+            o = OP.call(q, k, upstream, *extras, code, numbers, backend=backend)[0]
             dq, dk, _, dbias, dbias2, dweight, dsinks = OP.call_backward(
-                u, None, q, k, dy_, *extras, o, lse, rest, code, numbers, needs, backend=backend
+                u,
+                None,
+                q,
+                k,
+                upstream,
+                *extras,
+                o,
+                lse,
+                rest,
+                code,
+                numbers,
+                needs,
+                backend=backend,
             )
         found = (dq, dk, o, dbias, None, dbias2, None, dweight, None, dsinks)
         if torch.is_grad_enabled():

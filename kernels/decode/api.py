@@ -16,7 +16,6 @@ from fastattn.checks import Axes, described, grouped_heads, unit_stride
 from fastattn.choice import PROCESS
 from fastattn.kernels.decode import packed
 from fastattn.kernels.decode import reference as formula
-from fastattn.kernels.decode.packed import check_values
 from fastattn.masks import (
     UNBOUNDED,
     WIDTH,
@@ -68,9 +67,9 @@ def _reference(
     q, k_cache, v_cache, lengths, block_table, sinks, slopes,
     bias, bias_index, bias2, bias2_index, weight, weight_index, visible, blocks, new, mask, scale, softcap, splits,
 ):  # fmt: skip
-    _check_values(lengths, block_table, new, k_cache)
     B, Hq, Nq, _ = q.shape
     Nmax = _capacity(k_cache, block_table)
+    packed.check_values(lengths, block_table, new, Nmax, *k_cache.shape[:2])
     totals = (lengths + new).clamp(0, Nmax).tolist()
     seen = torch.zeros(B, Hq, Nq, Nmax, dtype=torch.bool, device=q.device)
     added = torch.zeros(B, Hq, Nq, Nmax, dtype=_wide(q), device=q.device)
@@ -101,10 +100,6 @@ def _wide(q):
     return F64 if q.dtype is F64 else F32
 
 
-def _check_values(lengths, block_table, new, k_cache):
-    check_values(lengths, block_table, new, _capacity(k_cache, block_table), *k_cache.shape[:2])
-
-
 def _append(k_cache, v_cache, k_new, v_new, lengths, block_table, *, backend=""):
     # What the limits of the rows ask of q, they may ask of k_new.
     known = {"q": k_new, "k_cache": k_cache, "v_cache": v_cache, "mask": FULL}
@@ -115,7 +110,8 @@ def _append(k_cache, v_cache, k_new, v_new, lengths, block_table, *, backend="")
 
 
 def _append_by_formula(k_cache, v_cache, k_new, v_new, lengths, block_table):
-    _check_values(lengths, block_table, k_new.shape[2], k_cache)
+    room = _capacity(k_cache, block_table)
+    packed.check_values(lengths, block_table, k_new.shape[2], room, *k_cache.shape[:2])
     formula.append(k_cache, v_cache, k_new, v_new, lengths, block_table)
 
 
@@ -284,11 +280,13 @@ OP = Op(
         "dtype": "q.dtype",
         "D": "q.shape[3]",
         "Dv": "v_cache.shape[3]",
+        "pairs": "bias is not None or weight is not None or len(mask) > 6 or mask[0] != 0",
     },
     reference=_reference,
     backends=(
         *cpu("attention_decode", takes("dtype", F32, BF16, F16), at_most("D", 1024), at_most("Dv", 1024)),
-        triton("decode", takes("dtype", F32, BF16, F16), at_most("D", 256), at_most("Dv", 256)),
+        triton("decode", takes("dtype", F32, BF16, F16), at_most("D", 256), at_most("Dv", 256),
+               takes("pairs", False)),
         reference(),
     ),
     cases=[

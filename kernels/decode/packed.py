@@ -1,8 +1,8 @@
 """attention_decode with what no kernel of its own takes: as the op ``attention`` on packed queries and keys gathered in place.
 
 Sequence b is the queries b Nq .. (b + 1) Nq of a single batch.  Its keys are the slots cu_k[b] .. cu_k[b + 1] of an index
-that says where in the cache, as it lies, each of them is; nothing of the cache is copied, unless its rows lie at
-no even distance from each other.
+that says where in the cache, as it lies, each of them is; nothing of the cache is copied, unless its tokens (pages and
+tokens; or, of several sequences, batches, heads and tokens) do not follow one another evenly in memory.
 """
 
 from __future__ import annotations
